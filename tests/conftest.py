@@ -1,0 +1,39 @@
+"""Pytest wiring shared by every tier: runs coroutine tests under trio.
+
+A coroutine test runs in `trio.run`. When it takes the fixture `autojump_clock`, time is trio's mock
+clock with immediate jumps, so that deadlines are tested without waiting for them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.testing
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+@pytest.fixture
+def autojump_clock() -> trio.testing.MockClock:
+    return trio.testing.MockClock(autojump_threshold=0.0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    function = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(function):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    clock = arguments.get("autojump_clock")
+
+    async def main() -> None:
+        test: Callable[..., Awaitable[None]] = function
+        await test(**arguments)
+
+    trio.run(main, clock=clock, strict_exception_groups=True)
+    return True
