@@ -1,0 +1,1 @@
+"""The shim: composition root. Everything that containerd meets lives here; nobody imports it."""
