@@ -1,0 +1,1 @@
+"""What runs inside the virtual machine: the agent (Rust, `agent/`) and the image builder."""

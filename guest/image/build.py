@@ -1,0 +1,139 @@
+"""Command line of the image builder: `python3 -m guest.image.build --output build/guest …`.
+
+Owns the layout of the initrd and the manifest. Equal inputs give equal bytes: no time, no host
+name and no order of a directory listing gets into the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from guest.image import cpio, kernel, runtime
+
+MODULE_DIRECTORY: Final = "/lib/modules"
+# Loaded in this order by the agent. One absolute path a line.
+MODULE_LIST: Final = "/etc/modules"
+MOUNT_POINTS: Final = ("/dev", "/proc", "/sys", "/run", "/mnt", "/root", "/var", "/etc")
+USER_DATABASE: Final = {
+    "/etc/passwd": "root:x:0:0:root:/root:/sbin/nologin\n",
+    "/etc/group": "root:x:0:\n",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything the initrd is made of."""
+
+    agent: Path
+    kernel: kernel.KernelPackage
+    runtime: runtime.Runtime
+
+
+def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
+    """Lay out the initrd; return it with the names of the modules in load order."""
+    tree = cpio.Tree()
+    for path in MOUNT_POINTS:
+        tree.directory(path)
+    tree.directory("/tmp", 0o1777)
+    # The kernel opens it for init's stdio before anything is mounted on /dev.
+    tree.character_device("/dev/console", 5, 1)
+    tree.file("/init", inputs.agent.read_bytes(), 0o755)
+    for path, text in USER_DATABASE.items():
+        tree.file(path, text.encode())
+    for path, source in sorted(inputs.runtime.files.items()):
+        tree.file(path, source.read_bytes(), 0o755)
+    modules = []
+    for source in kernel.module_order(inputs.kernel):
+        name, data = kernel.module_bytes(source)
+        tree.file(f"{MODULE_DIRECTORY}/{name}", data)
+        modules.append(name)
+    listing = "".join(f"{MODULE_DIRECTORY}/{name}\n" for name in modules)
+    tree.file(MODULE_LIST, listing.encode())
+    return tree, modules
+
+
+def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
+    """Write vmlinux, initrd.img and manifest.json into `output`; return the manifest.
+
+    The three files are replaced one by one, each at once, so that a reader never sees half a file.
+    Raises KernelError, RuntimeMissing or OSError; nothing in `output` is changed then.
+    """
+    with tempfile.TemporaryDirectory(prefix="guest-image-") as scratch:
+        work = Path(scratch)
+        print("guest: kernel from the distribution's package", flush=True)
+        package = kernel.fetch(cache, work)
+        elf = kernel.strip(kernel.extract_elf(package.bzimage.read_bytes()), work)
+        print(f"guest: kernel {package.release}, {len(elf) >> 20} MiB", flush=True)
+        inputs = Inputs(agent=agent, kernel=package, runtime=runtime.collect(work))
+        tree, modules = initrd_tree(inputs)
+        initrd = cpio.archive(tree)
+    print(f"guest: initrd with {len(modules)} modules, {len(initrd) / 1e6:.1f} MB", flush=True)
+    manifest = _manifest(inputs, elf, initrd, tree, modules)
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    contents = {"vmlinux": elf, "initrd.img": initrd, "manifest.json": text.encode()}
+    for name, data in contents.items():
+        _replace(output / name, data)
+    return manifest
+
+
+def _manifest(
+    inputs: Inputs, elf: bytes, initrd: bytes, tree: cpio.Tree, modules: list[str]
+) -> dict[str, Any]:
+    init = tree.entries["init"].data
+    return {
+        "agent": {"version": _agent_version(inputs.agent), **_digest(init)},
+        "initrd": {"files": len(tree.entries), "modules": modules, **_digest(initrd)},
+        "kernel": {
+            "package": inputs.kernel.package,
+            "release": inputs.kernel.release,
+            "version": inputs.kernel.version,
+            **_digest(elf),
+        },
+        "runtime": {"name": "crun", "version": inputs.runtime.version},
+    }
+
+
+def _agent_version(agent: Path) -> str:
+    done = subprocess.run([str(agent), "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _digest(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _replace(target: Path, data: bytes) -> None:
+    if target.exists() and target.read_bytes() == data:
+        return  # an unchanged file keeps its time, so nothing that depends on it is made again
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="guest.image.build", description=__doc__)
+    parser.add_argument("--agent", type=Path, required=True, help="static binary that becomes /init")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the three files")
+    parser.add_argument("--cache", type=Path, required=True, help="directory for downloads")
+    options = parser.parse_args(arguments)
+    try:
+        build(options.agent, options.output, options.cache)
+    except (kernel.KernelError, runtime.RuntimeMissing, cpio.ArchiveError, OSError) as error:
+        print(f"guest: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
