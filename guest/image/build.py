@@ -123,7 +123,9 @@ def _replace(target: Path, data: bytes) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="guest.image.build", description=__doc__)
-    parser.add_argument("--agent", type=Path, required=True, help="static binary that becomes /init")
+    parser.add_argument(
+        "--agent", type=Path, required=True, help="static binary that becomes /init"
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory for the three files")
     parser.add_argument("--cache", type=Path, required=True, help="directory for downloads")
     options = parser.parse_args(arguments)

@@ -96,7 +96,9 @@ def _stub(program: Path, work: Path) -> Path:
     )
     script.write_text("".join(nodes))
     options = ("-Os", "-shared", "-fPIC", "-nostdlib", "-s")
-    linking = (f"-Wl,-soname,{STUBBED},--version-script,{script},--build-id=none,-z,noseparate-code",)
+    linking = (
+        f"-Wl,-soname,{STUBBED},--version-script,{script},--build-id=none,-z,noseparate-code",
+    )
     _output("cc", *options, *linking, "-o", str(library), str(source))
     return library
 
@@ -104,9 +106,7 @@ def _stub(program: Path, work: Path) -> Path:
 def _output(*command: str) -> str:
     environment = os.environ | {"LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError as exc:
         raise RuntimeMissing(f"{command[0]} is not installed; run make setup") from exc
     if done.returncode:

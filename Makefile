@@ -1,0 +1,93 @@
+# One front door. `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Tools of a toolchain and of sbin may be missing from a non-interactive shell's PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+CACHE := $(or $(KATA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kata-shimv2)
+DESTDIR ?= /
+VENV := build/venv
+PYTHON := $(VENV)/bin/python
+AGENT := build/agent-target/x86_64-unknown-linux-gnu/release/kata-agent
+CHECKED := ttrpc agent_proto hypervisors netns shimv2 guest tests
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@echo
+	@echo "make run IMAGE=docker.io/library/alpine:latest CMD='uname -a' runs something of yours."
+
+.PHONY: setup
+setup: venv ## Packages, Python environment, Rust, vsock device: all that `make run` needs
+	@packaging/setup/packages.sh
+	@packaging/setup/vsock_device.sh
+
+.PHONY: venv
+venv:
+	@packaging/setup/packages.sh build
+	@packaging/setup/venv.sh
+
+.PHONY: tools
+tools: ## The containerd 2.x that the tests run beside the distribution's
+	@packaging/setup/containerd2.sh
+
+.PHONY: agent
+agent: venv
+	@packaging/setup/rust.sh
+	@. build/setup/rust.env; cd guest/agent; \
+	echo "agent: cargo build (a minute the first time)"; \
+	cargo build --quiet --release --locked --target-dir ../../build/agent-target
+
+.PHONY: guest
+guest: agent ## Guest kernel and initrd, into build/guest
+	@$(PYTHON) -m guest.image.build --agent $(AGENT) --output build/guest --cache $(CACHE)
+
+.PHONY: shim
+shim: venv ## The shim that runs from this checkout, into build/bin
+	@$(PYTHON) packaging/install.py tree
+
+.PHONY: protos
+protos: venv ## Generate the message classes again from the .proto files
+	$(PYTHON) packaging/generate_protos.py
+
+.PHONY: run
+run: setup guest shim ## Run a container in a virtual machine of its own, and show it
+	@$(PYTHON) packaging/demo/run.py $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),-- $(CMD))
+
+.PHONY: lint
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy $(CHECKED) packaging/*.py packaging/demo/*.py
+
+.PHONY: lint-agent
+lint-agent: venv
+	@packaging/setup/rust.sh
+	. build/setup/rust.env; cd guest/agent; export CARGO_TARGET_DIR=../../build/agent-target; \
+	if cargo fmt --version >/dev/null 2>&1; then cargo fmt --check; \
+	else echo "cargo fmt is not installed: formatting not checked"; fi; \
+	if cargo clippy --version >/dev/null 2>&1; then \
+	cargo clippy --quiet --locked --all-targets -- -D warnings; \
+	else echo "cargo clippy is not installed: clippy not run"; fi; \
+	cargo test --quiet --locked
+
+.PHONY: check
+check: lint shim lint-agent ## Lint, types and the tests that need no root: quick
+	$(PYTHON) -m pytest -q -m "not root and not e2e and not kvm"
+
+.PHONY: test
+test: setup tools guest shim lint lint-agent ## Everything, virtual machines under real containerds included
+	$(PYTHON) -m pytest -v $(TESTS)
+
+.PHONY: bench
+bench: setup guest shim ## Measure, and compare with runc's shim in the same run
+	$(PYTHON) -m tests.bench
+
+.PHONY: install
+install: setup guest ## Install for this machine, or below DESTDIR
+	@$(PYTHON) packaging/install.py install --destdir $(DESTDIR)
+
+.PHONY: clean
+clean: ## Remove build/; downloaded and compiled tools stay in the tool cache
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

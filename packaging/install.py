@@ -1,0 +1,232 @@
+"""Put the shim, its configuration and the guest where they run from.
+
+    install.py tree                     build/bin, build/etc: runs from the checkout, for tests
+    install.py install --destdir D      /usr, /etc below D, all that a machine needs
+
+Both fill the same templates, launcher and configuration, with other paths. Templates name what
+they need as @NAME@ (see `Layout.values`). Runs in build/venv, so that the dependencies installed
+are the pinned ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import importlib.metadata
+import os
+import py_compile
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pins import pins
+
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+BUILD: Final = REPOSITORY / "build"
+PACKAGES: Final = ("ttrpc", "agent_proto", "hypervisors", "netns", "shimv2")
+SHIM: Final = "containerd-shim-kata-v2"
+VIRTIOFSD_PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+PLACEHOLDER: Final = re.compile(r"@([A-Z_]+)@")
+
+
+class InstallError(Exception):
+    """Something to be installed is missing or in the way; the text says the fix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Absolute paths as the running shim sees them; what is written goes below a DESTDIR."""
+
+    bin: Path
+    library: tuple[Path, ...]  # put on sys.path by the launcher, in this order
+    configuration: Path
+    guest: Path
+    vsock_device: Path
+
+    def values(self) -> dict[str, str]:
+        """Return what the templates' placeholders stand for."""
+        return {
+            "PYTHON": os.path.realpath(sys.executable),
+            "LIBRARY_DIRS": ", ".join(repr(str(path)) for path in self.library),
+            "CONFIGURATION": str(self.configuration),
+            "QEMU": _program("qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"),
+            "VIRTIOFSD": next(filter(os.path.exists, VIRTIOFSD_PLACES), VIRTIOFSD_PLACES[-1]),
+            "VSOCK_DEVICE": str(self.vsock_device),
+            "KERNEL": str(self.guest / "vmlinux"),
+            "INITRD": str(self.guest / "initrd.img"),
+        }
+
+
+TREE: Final = Layout(
+    bin=BUILD / "bin",
+    library=(REPOSITORY, Path(sysconfig.get_path("purelib"))),
+    configuration=BUILD / "etc" / "configuration.toml",
+    guest=BUILD / "guest",
+    vsock_device=BUILD / "bin" / "vhost-device-vsock",
+)
+SYSTEM: Final = Layout(
+    bin=Path("/usr/bin"),
+    library=(Path("/usr/lib/kata-shimv2"),),
+    configuration=Path("/etc/kata-containers/configuration.toml"),
+    guest=Path("/usr/share/kata-containers"),
+    vsock_device=Path("/usr/libexec/kata-shimv2/vhost-device-vsock"),
+)
+
+
+def tree() -> None:
+    """Make build/bin and build/etc, whose shim runs the checkout's code."""
+    TREE.bin.mkdir(parents=True, exist_ok=True)
+    _write(TREE.bin / SHIM, _filled(f"{SHIM}.in", TREE), 0o755)
+    _write(TREE.configuration, _filled("configuration.toml.in", TREE), 0o644)
+    for package in PACKAGES:
+        _compile(REPOSITORY / package, py_compile.PycInvalidationMode.TIMESTAMP)
+    print(f"shim: {TREE.bin / SHIM}, configuration: {TREE.configuration}")
+
+
+def install(destination: Path) -> None:
+    """Install for the whole machine below `destination` (/ for this machine)."""
+
+    def below(path: Path) -> Path:
+        return destination / path.relative_to("/")
+
+    (library,) = SYSTEM.library
+    _install_library(below(library))
+    _write(below(SYSTEM.bin / SHIM), _filled(f"{SHIM}.in", SYSTEM), 0o755)
+    _install_configuration(below(SYSTEM.configuration), _filled("configuration.toml.in", SYSTEM))
+    for name in ("vmlinux", "initrd.img", "manifest.json"):
+        _copy(BUILD / "guest" / name, below(SYSTEM.guest / name), 0o644)
+    _copy(BUILD / "bin" / "vhost-device-vsock", below(SYSTEM.vsock_device), 0o755)
+    documents = below(Path("/usr/share/doc/kata-shimv2"))
+    for source in ("packaging/containerd-kata.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+        _copy(REPOSITORY / source, documents / Path(source).name, 0o644)
+    print(f"next: merge {SYSTEM_SNIPPET} into /etc/containerd/config.toml, restart containerd")
+
+
+SYSTEM_SNIPPET: Final = "/usr/share/doc/kata-shimv2/containerd-kata.toml"
+
+
+def _install_library(library: Path) -> None:
+    """Replace the installed library as a whole: a file of an older version must not stay."""
+    scratch = library.with_name(library.name + ".new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__", "*.proto")
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, scratch / package, ignore=ignored)
+    for distribution in _closure(pins([])):
+        _copy_distribution(distribution, scratch)
+    # Never compared with the sources again: a packager may change their times.
+    _compile(scratch, py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    shutil.rmtree(library, ignore_errors=True)
+    scratch.rename(library)
+    print(f"installed {library}")
+
+
+def _closure(requirements: list[str]) -> list[importlib.metadata.Distribution]:
+    """Return the installed distributions that `requirements` name, and what those need."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    pending = list(requirements)
+    while pending:
+        requirement = pending.pop()
+        if "extra ==" in requirement:
+            continue
+        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+        if name in found:
+            continue
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            if ";" in requirement:
+                continue  # wanted on another platform or Python only
+            raise InstallError(f"{name} is not in build/venv; run make setup") from None
+        pending += found[name].requires or []
+    return [found[name] for name in sorted(found)]
+
+
+def _copy_distribution(distribution: importlib.metadata.Distribution, target: Path) -> None:
+    for file in distribution.files or []:
+        if ".." in file.parts or "__pycache__" in file.parts:
+            continue  # console scripts and another interpreter's bytecode
+        destination = target.joinpath(*file.parts)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(str(file.locate()), destination)
+
+
+def _compile(directory: Path, mode: py_compile.PycInvalidationMode) -> None:
+    if not directory.is_dir():
+        raise InstallError(f"{directory} is missing")
+    if not compileall.compile_dir(directory, quiet=1, invalidation_mode=mode):
+        raise InstallError(f"{directory} holds a file that does not compile")
+
+
+def _install_configuration(target: Path, text: str) -> None:
+    """Leave a configuration that somebody has edited, and put the new one beside it."""
+    pristine = target.with_name(f".{target.name}.installed")
+    edited = target.exists() and (
+        not pristine.exists() or pristine.read_text() != target.read_text()
+    )
+    if edited and target.read_text() != text:
+        _write(target.with_name(f"{target.name}.new"), text, 0o644)
+        print(f"{target} was edited and stays; the new one is {target.name}.new beside it")
+        return
+    _write(target, text, 0o644)
+    _write(pristine, text, 0o644)
+
+
+def _filled(template: str, layout: Layout) -> str:
+    path = REPOSITORY / "packaging" / template
+    values = layout.values()
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise InstallError(f"{path} names @{match[1]}@, which nothing stands for")
+        return values[match[1]]
+
+    return PLACEHOLDER.sub(value, path.read_text())
+
+
+def _program(name: str, otherwise: str) -> str:
+    return shutil.which(name) or otherwise
+
+
+def _copy(source: Path, target: Path, mode: int) -> None:
+    if not source.exists():
+        raise InstallError(f"{source} is missing; run make setup guest")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.copyfile(source, partial)
+    partial.chmod(mode)
+    partial.replace(target)
+    print(f"installed {target}")
+
+
+def _write(target: Path, text: str, mode: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(text)
+    partial.chmod(mode)
+    partial.replace(target)
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="install.py", description=__doc__)
+    parser.add_argument("action", choices=("tree", "install"))
+    parser.add_argument("--destdir", type=Path, default=Path("/"), help="root of what is installed")
+    options = parser.parse_args()
+    try:
+        if options.action == "tree":
+            tree()
+        else:
+            install(options.destdir.absolute())
+    except (InstallError, OSError) as error:
+        print(f"install: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
