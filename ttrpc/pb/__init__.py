@@ -1,0 +1,1 @@
+"""Generated message classes; see `packaging/generate_protos.py`."""
