@@ -33,7 +33,7 @@ USER_DATABASE: Final = {
 class Inputs:
     """Everything the initrd is made of."""
 
-    agent: Path
+    init: bytes
     kernel: kernel.KernelPackage
     runtime: runtime.Runtime
 
@@ -46,7 +46,7 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
     tree.directory("/tmp", 0o1777)
     # The kernel opens it for init's stdio before anything is mounted on /dev.
     tree.character_device("/dev/console", 5, 1)
-    tree.file("/init", inputs.agent.read_bytes(), 0o755)
+    tree.file("/init", inputs.init, 0o755)
     for path, text in USER_DATABASE.items():
         tree.file(path, text.encode())
     for path, source in sorted(inputs.runtime.files.items()):
@@ -67,17 +67,20 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
     The three files are replaced one by one, each at once, so that a reader never sees half a file.
     Raises KernelError, RuntimeMissing or OSError; nothing in `output` is changed then.
     """
+    init = agent.read_bytes()  # first, because it is the input most likely to be missing
     with tempfile.TemporaryDirectory(prefix="guest-image-") as scratch:
         work = Path(scratch)
         print("guest: kernel from the distribution's package", flush=True)
         package = kernel.fetch(cache, work)
         elf = kernel.strip(kernel.extract_elf(package.bzimage.read_bytes()), work)
         print(f"guest: kernel {package.release}, {len(elf) >> 20} MiB", flush=True)
-        inputs = Inputs(agent=agent, kernel=package, runtime=runtime.collect(work))
+        inputs = Inputs(init=init, kernel=package, runtime=runtime.collect(work))
         tree, modules = initrd_tree(inputs)
         initrd = cpio.archive(tree)
     print(f"guest: initrd with {len(modules)} modules, {len(initrd) / 1e6:.1f} MB", flush=True)
-    manifest = _manifest(inputs, elf, initrd, tree, modules)
+    manifest = _manifest(inputs, elf, initrd)
+    manifest["agent"]["version"] = _agent_version(agent)
+    manifest["initrd"] |= {"files": len(tree.entries), "modules": modules}
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     contents = {"vmlinux": elf, "initrd.img": initrd, "manifest.json": text.encode()}
@@ -86,13 +89,10 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
     return manifest
 
 
-def _manifest(
-    inputs: Inputs, elf: bytes, initrd: bytes, tree: cpio.Tree, modules: list[str]
-) -> dict[str, Any]:
-    init = tree.entries["init"].data
+def _manifest(inputs: Inputs, elf: bytes, initrd: bytes) -> dict[str, Any]:
     return {
-        "agent": {"version": _agent_version(inputs.agent), **_digest(init)},
-        "initrd": {"files": len(tree.entries), "modules": modules, **_digest(initrd)},
+        "agent": _digest(inputs.init),
+        "initrd": _digest(initrd),
         "kernel": {
             "package": inputs.kernel.package,
             "release": inputs.kernel.release,

@@ -1,0 +1,116 @@
+"""The image as a whole: two builds are equal, and it holds what the agent relies on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from guest.image import build, kernel, runtime
+
+CACHE = Path(
+    os.environ.get("KATA_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kata-shimv2")
+)
+NEEDED = ("apt-cache", "dpkg-deb", "depmod", "crun", "cc", "readelf")
+
+pytestmark = pytest.mark.skipif(
+    any(shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin") is None for tool in NEEDED)
+    or not list(CACHE.glob("linux-image-*")),
+    reason="needs the tools of `make setup` and the kernel package of `make guest`",
+)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Path:
+    path = tmp_path / "agent"
+    path.write_text("#!/bin/sh\necho agent 1.2.3\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> kernel.KernelPackage:
+    return kernel.fetch(CACHE, tmp_path_factory.mktemp("kernel"))
+
+
+def test_two_builds_give_the_same_bytes(agent: Path, tmp_path: Path) -> None:
+    manifests = [build.build(agent, tmp_path / name, CACHE) for name in ("one", "two")]
+    assert manifests[0] == manifests[1]
+    assert manifests[0]["agent"]["version"] == "agent 1.2.3"
+    for name in ("vmlinux", "initrd.img", "manifest.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_modules_are_listed_after_what_they_depend_on(package: kernel.KernelPackage) -> None:
+    order = [path.name.split(".")[0].replace("-", "_") for path in kernel.module_order(package)]
+    assert len(order) == len(set(order))
+    for module, dependency in (
+        ("virtio_pci", "virtio"),
+        ("vmw_vsock_virtio_transport", "vsock"),
+        ("virtiofs", "fuse"),
+        ("pvpanic_pci", "pvpanic"),
+        ("virtio_net", "net_failover"),
+    ):
+        assert order.index(dependency) < order.index(module)
+
+
+def test_initrd_holds_agent_runtime_and_every_listed_module(
+    agent: Path, package: kernel.KernelPackage, tmp_path: Path
+) -> None:
+    inputs = build.Inputs(
+        init=agent.read_bytes(), kernel=package, runtime=runtime.collect(tmp_path)
+    )
+    tree, modules = build.initrd_tree(inputs)
+    assert tree.entries["init"].mode == stat.S_IFREG | 0o755
+    assert stat.S_ISCHR(tree.entries["dev/console"].mode)
+    listed = tree.entries["etc/modules"].data.decode().split()
+    assert [Path(path).name for path in listed] == modules
+    assert all(path.strip("/") in tree.entries for path in listed)
+
+
+def test_runtime_starts_with_nothing_but_its_collected_files(
+    package: kernel.KernelPackage, tmp_path: Path
+) -> None:
+    collected = runtime.collect(tmp_path)
+    assert not any("libgcrypt" in path for path in collected.files)
+    root = tmp_path / "root"
+    for path, source in collected.files.items():
+        target = root / path.strip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    loader = next(root / path.strip("/") for path in collected.files if "ld-linux" in path)
+    done = subprocess.run(
+        [
+            loader,
+            "--inhibit-cache",
+            "--library-path",
+            root / "lib/x86_64-linux-gnu",
+            root / "usr/bin/crun",
+            "--version",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
+    )
+    assert f"crun version {collected.version}" in done.stdout
+
+
+def test_failed_build_leaves_the_output_alone(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with pytest.raises(FileNotFoundError):
+        build.build(tmp_path / "no-agent", output, CACHE)
+    assert not output.exists()
+
+
+def test_missing_agent_is_one_sentence_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--agent", str(tmp_path / "no-agent"), "--output", str(tmp_path / "out")]
+    assert build.main([*arguments, "--cache", str(CACHE)]) == 1
+    assert "no-agent" in capsys.readouterr().err
