@@ -1,0 +1,175 @@
+"""What a virtual machine is made of, as plain values. Pure: no I/O, no VMM knowledge.
+
+Built by the composition root from its configuration, read by the backends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Accelerator: TypeAlias = Literal["auto", "kvm", "tcg"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDevice:
+    """A raw image file or block device. `serial` is at most 20 bytes (virtio-blk's limit)."""
+
+    id: str
+    path: Path
+    read_only: bool
+    serial: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetDevice:
+    """A network interface over open tap descriptors, one a queue pair.
+
+    The descriptors stay the caller's: the backend duplicates them into the VMM and never closes
+    them. `vhost_fds`, when given, are as many open /dev/vhost-net descriptors.
+    """
+
+    id: str
+    mac: str
+    tap_fds: tuple[int, ...]
+    mtu: int
+    vhost_fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedDirectory:
+    """A virtio-fs share under `tag`; `socket` is where the vhost-user daemon listens."""
+
+    id: str
+    tag: str
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnixVsock:
+    """A vsock device of a vhost-user daemon that listens on `socket`.
+
+    `uds_path` is where the host reaches the guest (`CONNECT <port>`), and `<uds_path>_<port>`
+    where the guest reaches the host.
+    """
+
+    id: str
+    socket: Path
+    uds_path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelVsock:
+    """A vsock device of the host kernel: `vhost_fd` is an open /dev/vhost-vsock, the caller's."""
+
+    id: str
+    cid: int
+    vhost_fd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rng:
+    """An entropy source fed by the host's urandom."""
+
+    id: str = "rng"
+
+
+Device: TypeAlias = BlockDevice | NetDevice | SharedDirectory | UnixVsock | KernelVsock | Rng
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """One virtual machine as it is at power-on.
+
+    `cmdline` is what the caller wants on the kernel command line; the backend puts its own
+    parameters (console, panic, accelerator tuning) in front. `hotplug_ports` is how many devices
+    can be attached at the same time later. `run_dir` is a private directory for the backend.
+    """
+
+    id: str
+    kernel: Path
+    initrd: Path | None
+    cmdline: str
+    vcpus: int
+    max_vcpus: int
+    memory_mib: int
+    max_memory_mib: int
+    binary: Path
+    run_dir: Path
+    accelerator: Accelerator = "auto"
+    machine_type: str = "q35"
+    devices: tuple[Device, ...] = ()
+    hotplug_ports: int = 0
+    console_bytes: int = 262144
+
+
+class ExitKind(Enum):
+    """How a virtual machine ended."""
+
+    CLEAN = "clean"
+    REBOOT = "reboot"
+    PANIC = "panic"
+    KILLED = "killed"
+    CRASH = "crash"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmExit:
+    """The one end of a virtual machine: `code` or `signal` of the VMM process, and why."""
+
+    kind: ExitKind
+    code: int | None
+    signal: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestAddress:
+    """Where the guest finds a device.
+
+    `pci_path` is the chain of slots from the root bus, hexadecimal, "10/00" for a device behind the
+    root port in slot 0x10. Source: agent.proto Storage.source and Device.id of driver "blk".
+    """
+
+    pci_path: str
+
+
+class VmEventKind(Enum):
+    """What happened to a running virtual machine."""
+
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    PANICKED = "panicked"
+    SHUTDOWN = "shutdown"
+    DEVICE_REMOVED = "device_removed"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmEvent:
+    """`detail` is the shutdown reason, the device id or the exit reason; "" where there is none."""
+
+    kind: VmEventKind
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend can do with one specification. A flag that is false is `Unsupported`."""
+
+    shared_directory: bool
+    block_hotplug: bool
+    net_hotplug: bool
+    vcpu_hotplug: bool
+    memory_hotplug: bool
+    pause: bool
+    panic_event: bool
+    unix_vsock: bool
+    kernel_vsock: bool
+    max_vcpus: int
+    memory_step_mib: int

@@ -1,0 +1,197 @@
+"""The QEMU backend: checks a specification, launches QEMU and supervises it to its end.
+
+    launch ── spawn ── negotiate ──> QemuMachine.run
+                                      ├── QMP reader      events, replies
+                                      ├── console reader  ring
+                                      └── child           pidfd, stderr
+Three sources tell of the end (pidfd, events, end of file) in any order; `run` joins them into one
+VmExit, set once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from . import accel, qemu_argv, spec_check
+from .child import spawn
+from .errors import ControlLost, LaunchFailed, Unsupported
+from .machine import (
+    BlockDevice,
+    Capabilities,
+    KernelVsock,
+    SharedDirectory,
+    UnixVsock,
+)
+from .qemu_machine import QemuMachine
+from .qmp_client import socket_pair
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .child import Child, Recorder
+    from .machine import MachineSpec
+
+# To its first answer QEMU takes 0.05 s alone, and as long as the slowest daemon behind a device.
+LAUNCH_DEADLINE_S: Final = 15.0
+# A daemon binds and listens in two steps, with nothing to wait for in between.
+CONNECT_DEADLINE_S: Final = 2.0
+CONNECT_RETRY_S: Final = 0.005
+# Source: QEMU q35, KVM's limit without an interrupt-remapping IOMMU.
+MAX_VCPUS: Final = 255
+QEMU_FIX: Final = "install qemu-system-x86, or correct the hypervisor path"
+
+
+class Qemu:
+    """Machines of type q35, on KVM where it works and emulated elsewhere."""
+
+    name = "qemu"
+
+    def capabilities(self, spec: MachineSpec) -> Capabilities:
+        """See `Hypervisor.capabilities`."""
+        ports = spec.hotplug_ports > 0
+        return Capabilities(
+            shared_directory=True,
+            block_hotplug=ports,
+            net_hotplug=ports,
+            vcpu_hotplug=spec.max_vcpus > spec.vcpus,
+            memory_hotplug=spec.max_memory_mib > spec.memory_mib,
+            pause=True,
+            panic_event=True,
+            unix_vsock=True,
+            kernel_vsock=accel.kernel_vsock_usable(),
+            max_vcpus=MAX_VCPUS,
+            memory_step_mib=qemu_argv.MEMORY_STEP_MIB,
+        )
+
+    def check(self, spec: MachineSpec) -> None:
+        """See `Hypervisor.check`."""
+        self._check_layout(spec)
+        spec_check.check_program("QEMU", spec.binary, QEMU_FIX)
+        accelerator = accel.choose_accelerator(spec.accelerator)
+        spec_check.check_values(spec, qemu_argv.kernel_cmdline(spec, accelerator))
+        spec_check.check_kernel(spec.kernel)
+        if spec.initrd is not None:
+            spec_check.check_initrd(spec.initrd)
+
+    async def launch(self, spec: MachineSpec, *, record: Recorder) -> QemuMachine:
+        """See `Hypervisor.launch`."""
+        self.check(spec)
+        accelerator = accel.choose_accelerator(spec.accelerator)
+        async with contextlib.AsyncExitStack() as undo:
+            with contextlib.ExitStack() as theirs:
+                qmp, qmp_peer = socket_pair()
+                console, console_peer = socket_pair()
+                undo.callback(qmp.close)
+                undo.callback(console.close)
+                theirs.callback(qmp_peer.close)
+                theirs.callback(console_peer.close)
+                host = qemu_argv.HostSide(
+                    accelerator=accelerator,
+                    qmp_fd=qmp_peer.fileno(),
+                    console_fd=console_peer.fileno(),
+                    vhost_user_fds=await _connect_daemons(spec, theirs),
+                    block_drivers={
+                        device.id: spec_check.block_kind(device)
+                        for device in spec.devices
+                        if isinstance(device, BlockDevice)
+                    },
+                )
+                command = qemu_argv.build_command(spec, host)
+                child = await spawn("qemu", command.argv, record=record, pass_fds=command.pass_fds)
+                undo.push_async_callback(child.aclose)
+            machine = QemuMachine(spec, accelerator, child, qmp, console, command.addresses)
+            await _negotiate(machine, child)
+            undo.pop_all()
+            return machine
+
+    def _check_layout(self, spec: MachineSpec) -> None:
+        if spec.machine_type != "q35":
+            raise Unsupported(
+                self.name,
+                f"build a machine of type {spec.machine_type!r}",
+                "only q35 takes hot-plugged devices and boots reliably",
+                'set machine_type = "q35"',
+            )
+        if len(spec.devices) > qemu_argv.MAX_COLD_DEVICES:
+            limit = qemu_argv.MAX_COLD_DEVICES
+            raise Unsupported(
+                self.name,
+                f"start with {len(spec.devices)} devices",
+                f"the root bus has {limit} slots for them",
+                "attach the others after the start",
+            )
+        if not 0 <= spec.hotplug_ports <= qemu_argv.MAX_HOTPLUG_PORTS:
+            limit = qemu_argv.MAX_HOTPLUG_PORTS
+            raise Unsupported(
+                self.name,
+                f"have {spec.hotplug_ports} hot-plug ports",
+                f"the root bus has {limit} slots for them",
+                f"ask for 0 to {limit}",
+            )
+        if spec.max_vcpus > MAX_VCPUS:
+            raise Unsupported(
+                self.name,
+                f"have {spec.max_vcpus} vCPUs",
+                f"q35 ends at {MAX_VCPUS}",
+                "lower the maximum",
+            )
+        for device in spec.devices:
+            if isinstance(device, KernelVsock) and not accel.kernel_vsock_usable():
+                raise Unsupported(
+                    self.name,
+                    "use the host kernel's vsock",
+                    f"{accel.VHOST_VSOCK_DEVICE} does not open",
+                    "load vhost_vsock, or use the unix vsock daemon",
+                )
+
+
+async def _connect_daemons(spec: MachineSpec, stack: contextlib.ExitStack) -> dict[str, int]:
+    """Connect to every vhost-user daemon; QEMU gets the connections and needs no path.
+
+    Raises:
+        LaunchFailed: a daemon is not there.
+    """
+    connections: dict[str, int] = {}
+    for device in spec.devices:
+        if isinstance(device, SharedDirectory | UnixVsock):
+            sock = await connect_daemon(device.id, device.socket)
+            stack.callback(sock.close)
+            connections[device.id] = sock.fileno()
+    return connections
+
+
+async def connect_daemon(device_id: str, path: Path) -> socket.socket:
+    """Connect to a daemon that is about to listen, within `CONNECT_DEADLINE_S`."""
+    deadline = trio.current_time() + CONNECT_DEADLINE_S
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # Blocking is no risk: a unix socket connects at once or fails, and its backlog is ours.
+            sock.setblocking(False)
+            sock.connect(str(path))
+        except OSError as error:
+            sock.close()
+            retriable = isinstance(error, ConnectionRefusedError | BlockingIOError)
+            if not retriable or trio.current_time() > deadline:
+                raise LaunchFailed(
+                    f"the daemon of {device_id}", f"refused {path} ({error.strerror})", ()
+                ) from error
+        else:
+            return sock
+        await trio.sleep(CONNECT_RETRY_S)
+
+
+async def _negotiate(machine: QemuMachine, child: Child) -> None:
+    ending = f"gave no answer within {LAUNCH_DEADLINE_S:g} s"
+    with trio.move_on_after(LAUNCH_DEADLINE_S):
+        try:
+            await machine.negotiate()
+        except ControlLost:
+            ending = str(await child.wait())
+        else:
+            return
+    raise LaunchFailed("qemu", ending, child.stderr_tail)

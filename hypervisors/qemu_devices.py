@@ -1,0 +1,224 @@
+"""Hot-plug in a running QEMU: block, network, vCPUs, memory.
+
+Devices go into root ports that were laid out at launch, one each. Unplugging is the guest's
+decision: it is asked, and its answer arrives as an event.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from . import qemu_argv, spec_check
+from .errors import CommandRejected, ControlError, DetachRefused, PreconditionFailed, Unsupported
+from .machine import BlockDevice, NetDevice
+from .qemu_resize import QemuResize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .machine import Device, GuestAddress, MachineSpec
+    from .qmp_client import QmpClient
+    from .qmp_protocol import JsonValue, Notification
+
+# A guest takes 0.1 s to let go of an idle disk (measured under TCG); a busy one needs a while.
+DETACH_DEADLINE_S: Final = 5.0
+UNDO_DEADLINE_S: Final = 2.0
+
+
+class Removals:
+    """Asks the guest for devices back and remembers its answers.
+
+    A device with a backend object in it announces that object's removal too, without an id; only
+    the event that carries the device's own id counts.
+    """
+
+    def __init__(self, qmp: QmpClient) -> None:
+        self._qmp = qmp
+        self._asked: set[str] = set()
+        self._gone: set[str] = set()
+        self._answers: dict[str, trio.Event] = {}
+        self._refusals: dict[str, str] = {}
+
+    async def remove(self, device_id: str, deadline_s: float = DETACH_DEADLINE_S) -> None:
+        """Return when `device_id` has left the machine.
+
+        Raises:
+            DetachRefused: the guest said no or nothing; may be called again.
+        """
+        answer = self._answers[device_id] = trio.Event()
+        self._refusals.pop(device_id, None)
+        try:
+            if device_id not in self._gone:
+                await self._request(device_id)
+                with trio.move_on_after(deadline_s):
+                    await answer.wait()
+        finally:
+            del self._answers[device_id]
+        if device_id not in self._gone:
+            why = self._refusals.get(device_id, f"no answer within {deadline_s:g} s")
+            raise DetachRefused(device_id, why)
+        self._gone.discard(device_id)
+        self._asked.discard(device_id)
+
+    def on_notification(self, notification: Notification) -> None:
+        """Take an event; others than unplug answers are ignored."""
+        match notification.name, notification.data:
+            case "DEVICE_DELETED", {"device": str(device_id)}:
+                # Noted even when nobody waits: the guest may answer after the deadline.
+                if device_id in self._asked:
+                    self._gone.add(device_id)
+            case "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR", {"device": str(device_id)}:
+                self._refusals[device_id] = str(notification.data.get("msg", "the guest refused"))
+                self._asked.discard(device_id)
+            case _:
+                return
+        if device_id in self._answers:
+            self._answers[device_id].set()
+
+    async def _request(self, device_id: str) -> None:
+        again = device_id in self._asked
+        self._asked.add(device_id)
+        try:
+            await self._qmp.execute("device_del", {"id": device_id})
+        except CommandRejected:
+            # An unplug that is under way is refused a second time; its answer may still come.
+            if not again:
+                self._asked.discard(device_id)
+                raise
+
+
+@dataclass(slots=True)
+class _Plugged:
+    port: int
+    # Commands that release the host side, in order.
+    release: list[tuple[str, dict[str, JsonValue]]] = field(default_factory=list)
+
+
+class QemuDevices:
+    """What is plugged into one machine, and how to change it."""
+
+    def __init__(
+        self, spec: MachineSpec, qmp: QmpClient, addresses: Mapping[str, GuestAddress]
+    ) -> None:
+        self.addresses: dict[str, GuestAddress] = dict(addresses)
+        self._qmp = qmp
+        self._ports = spec.hotplug_ports
+        self._plugged: dict[str, _Plugged] = {}
+        self._removals = Removals(qmp)
+        self._resize = QemuResize(spec, qmp, self._removals)
+        # Guards `_plugged` and the ports across the commands of one change.
+        self._lock = trio.Lock()
+
+    def on_notification(self, notification: Notification) -> None:
+        """Take an event of the machine."""
+        self._removals.on_notification(notification)
+
+    async def attach(self, device: Device) -> GuestAddress:
+        """See `VirtualMachine.attach`."""
+        self._refuse_unpluggable(device)
+        async with self._lock:
+            if device.id in self.addresses:
+                raise PreconditionFailed(
+                    "device id", path=None, why=f"{device.id!r} is in use", fix="choose another"
+                )
+            plugged = _Plugged(port=self._free_port())
+            try:
+                await self._plug(device, plugged)
+            except BaseException:
+                # What was made for the device is useless without it. If the deadline fires, the
+                # host side stays open in QEMU until the machine ends.
+                with trio.move_on_after(UNDO_DEADLINE_S, shield=True):
+                    await self._release(plugged)
+                raise
+            self._plugged[device.id] = plugged
+            address = self.addresses[device.id] = qemu_argv.port_address(plugged.port)
+            return address
+
+    async def detach(self, device_id: str) -> None:
+        """See `VirtualMachine.detach`."""
+        async with self._lock:
+            plugged = self._plugged[device_id]
+            await self._removals.remove(device_id)
+            del self._plugged[device_id], self.addresses[device_id]
+            await self._release(plugged)
+
+    async def resize_vcpus(self, count: int) -> int:
+        """See `VirtualMachine.resize_vcpus`."""
+        async with self._lock:
+            return await self._resize.vcpus(count)
+
+    async def resize_memory(self, mib: int) -> int:
+        """See `VirtualMachine.resize_memory`."""
+        async with self._lock:
+            return await self._resize.memory(mib)
+
+    def _refuse_unpluggable(self, device: Device) -> None:
+        match device:
+            case NetDevice():
+                spec_check.check_net(device)
+            case BlockDevice():
+                spec_check.block_kind(device)
+            case _:
+                raise Unsupported(
+                    "qemu",
+                    f"attach a {type(device).__name__} to a running machine",
+                    "only block and network devices are hot-plugged",
+                    "put it into the specification",
+                )
+        if not spec_check.DEVICE_ID.fullmatch(device.id):
+            raise PreconditionFailed(
+                "device id", path=None, why=f"{device.id!r}", fix="use letters, digits, - and _"
+            )
+
+    def _free_port(self) -> int:
+        taken = {plugged.port for plugged in self._plugged.values()}
+        for port in range(self._ports):
+            if port not in taken:
+                return port
+        raise Unsupported(
+            "qemu",
+            "attach another device",
+            f"all {self._ports} hot-plug ports are taken",
+            "raise pcie_root_port in the configuration",
+        )
+
+    async def _plug(self, device: Device, plugged: _Plugged) -> None:
+        match device:
+            case BlockDevice():
+                driver = spec_check.block_kind(device)
+                node = qemu_argv.blockdev_node(device, driver)
+                await self._qmp.execute("blockdev-add", node)
+                plugged.release.append(("blockdev-del", {"node-name": node["node-name"]}))
+                properties = qemu_argv.block_device(device)
+            case NetDevice():
+                await self._add_tap(device, plugged)
+                properties = qemu_argv.net_device(device)
+            case _:
+                raise AssertionError(device)
+        await self._qmp.execute("device_add", properties | qemu_argv.port_place(plugged.port))
+
+    async def _add_tap(self, device: NetDevice, plugged: _Plugged) -> None:
+        taps = await self._give_fds(f"t-{device.id}", device.tap_fds)
+        backend: dict[str, JsonValue] = {"type": "tap", "id": f"n-{device.id}", "fds": taps}
+        if device.vhost_fds:
+            vhosts = await self._give_fds(f"v-{device.id}", device.vhost_fds)
+            backend |= {"vhost": True, "vhostfds": vhosts}
+        await self._qmp.execute("netdev_add", backend)
+        plugged.release.append(("netdev_del", {"id": f"n-{device.id}"}))
+
+    async def _give_fds(self, prefix: str, fds: Sequence[int]) -> str:
+        """Hand descriptors to QEMU under names; a name given again replaces its descriptor."""
+        names = [f"{prefix}-{index}" for index in range(len(fds))]
+        for name, fd in zip(names, fds, strict=True):
+            await self._qmp.execute("getfd", {"fdname": name}, fds=[fd])
+        return ":".join(names)
+
+    async def _release(self, plugged: _Plugged) -> None:
+        """Release the host side; a machine that is dying has released it already."""
+        for command, arguments in plugged.release:
+            with contextlib.suppress(ControlError):
+                await self._qmp.execute(command, arguments)

@@ -1,0 +1,35 @@
+"""Backends by name: ours, then what other distributions offer as entry points."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from .errors import Unsupported
+
+if TYPE_CHECKING:
+    from .base import Hypervisor
+
+# An entry point of this group names a callable without arguments that returns a `Hypervisor`.
+ENTRY_POINT_GROUP: Final = "kata.hypervisors"
+BUILT_IN: Final = ("qemu",)
+
+
+def find_hypervisor(name: str) -> Hypervisor:
+    """Return the backend called `name`.
+
+    Raises:
+        Unsupported: there is none; the hint lists those there are.
+    """
+    if name == "qemu":
+        from .qemu import Qemu
+
+        return Qemu()
+    # Reading the installed distributions costs tens of milliseconds: only for foreign names.
+    from importlib.metadata import entry_points
+
+    found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name in found:
+        backend: Hypervisor = found[name].load()()
+        return backend
+    known = ", ".join(sorted({*BUILT_IN, *found}))
+    raise Unsupported(name, "be used", "no such hypervisor is installed", f"choose one of: {known}")
