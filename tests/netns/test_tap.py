@@ -1,0 +1,199 @@
+"""Taps made in a network namespace by a helper process, looked at from inside of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+
+from netns.errors import HelperLost, KernelRefused, NamespaceGone
+from netns.inside import WorkFailed, run_inside
+from netns.tap import create_tap, remove_tap
+
+HERE = Path("/proc/self/ns/net")
+
+
+def _unusable() -> str:
+    if os.geteuid() != 0:
+        return "making network namespaces needs root"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "/dev/net/tun cannot be opened"
+    return ""
+
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(bool(_unusable()), reason=_unusable() or "usable"),
+]
+
+
+@pytest.fixture
+def namespace():
+    """Path of a network namespace that lives as long as the test."""
+    holder = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "echo ready; read _"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"ready\n"
+    yield Path(f"/proc/{holder.pid}/ns/net")
+    holder.communicate(timeout=10)
+
+
+def links(namespace: Path) -> dict[str, str]:
+    """Name and flags of the links inside of a namespace."""
+    shown = subprocess.run(
+        ["nsenter", f"--net={namespace}", "ip", "-o", "link"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    lines = [line.split(": ", 2) for line in shown.splitlines()]
+    return {name: rest for _, name, rest in lines}
+
+
+def open_fds() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def zombies() -> bool:
+    """Whether a child of ours has exited and was not waited for."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+async def test_tap_appears_in_the_named_namespace_and_is_up(namespace):
+    before = os.readlink(HERE)
+    (fd,) = await create_tap(namespace, "tap0", mtu=1400)
+    try:
+        assert "mtu 1400" in links(namespace)["tap0"]
+        assert "UP" in links(namespace)["tap0"]
+        assert not os.get_inheritable(fd)
+        assert os.readlink(HERE) == before
+        assert "tap0" not in links(HERE)
+    finally:
+        os.close(fd)
+
+
+async def test_descriptor_carries_packets_of_the_link(namespace):
+    (fd,) = await create_tap(namespace, "tap0")
+    try:
+        # Bringing a link up makes the kernel solicit its neighbours, which arrives here.
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(fd)
+        packet = os.read(fd, 65536)
+        assert len(packet) > 12 + 14
+        assert packet[12:14] == b"\x33\x33"
+    finally:
+        os.close(fd)
+
+
+async def test_tap_is_gone_when_its_last_descriptor_is_closed(namespace):
+    fds = await create_tap(namespace, "tap0", queues=2)
+    os.close(fds[0])
+    assert "tap0" in links(namespace)
+    os.close(fds[1])
+    assert "tap0" not in links(namespace)
+
+
+async def test_persistent_tap_stays_until_it_is_removed(namespace):
+    (fd,) = await create_tap(namespace, "tap0", persistent=True)
+    os.close(fd)
+    assert "tap0" in links(namespace)
+    await remove_tap(namespace, "tap0")
+    assert "tap0" not in links(namespace)
+
+
+async def test_tap_can_be_removed_while_somebody_holds_it(namespace):
+    (fd,) = await create_tap(namespace, "tap0")
+    try:
+        await remove_tap(namespace, "tap0")
+        assert "tap0" not in links(namespace)
+    finally:
+        os.close(fd)
+
+
+async def test_removing_what_is_not_there_is_fine(namespace):
+    await remove_tap(namespace, "tap0")
+
+
+async def test_taken_name_is_refused_and_the_other_tap_left_alone(namespace):
+    (fd,) = await create_tap(namespace, "tap0", persistent=True)
+    os.close(fd)
+    with pytest.raises(KernelRefused) as caught:
+        await create_tap(namespace, "tap0")
+    assert "tap0" in str(caught.value)
+    assert "tap0" in links(namespace)
+
+
+async def test_impossible_mtu_leaves_no_tap_and_no_descriptor(namespace):
+    before = open_fds()
+    with pytest.raises(KernelRefused, match="up"):
+        await create_tap(namespace, "tap0", queues=3, mtu=1)
+    assert "tap0" not in links(namespace)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("name", ["", "x" * 16, "tap%d", "a/b", "a b", "täp", "a\0b"])
+async def test_name_that_no_link_can_have_is_refused(name):
+    with pytest.raises(ValueError, match="cannot name"):
+        await create_tap(HERE, name)
+
+
+async def test_missing_namespace_is_named(tmp_path):
+    with pytest.raises(NamespaceGone, match="gone"):
+        await create_tap(tmp_path / "gone", "tap0")
+
+
+async def test_file_that_is_no_namespace_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NamespaceGone, match="file"):
+        await create_tap(tmp_path / "file", "tap0")
+
+
+async def test_cancelled_creation_leaves_nothing(namespace):
+    before = open_fds()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await create_tap(namespace, "tap0")
+    assert scope.cancelled_caught
+    assert "tap0" not in links(namespace)
+    assert open_fds() == before
+    assert not zombies()
+
+
+async def test_helper_that_dies_is_reported_and_reaped():
+    def die() -> list[int]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    before = open_fds()
+    with pytest.raises(HelperLost, match="died"):
+        await run_inside(HERE, "die", die)
+    assert open_fds() == before
+
+
+async def test_helper_that_hangs_is_killed_at_its_deadline():
+    def hang() -> list[int]:
+        signal.pause()
+        return []
+
+    before = open_fds()
+    with pytest.raises(HelperLost, match="no answer"):
+        await run_inside(HERE, "hang", hang, timeout_s=0.05)
+    assert open_fds() == before
+    assert not zombies()
+
+
+async def test_failed_work_names_its_operation():
+    def fail() -> list[int]:
+        raise WorkFailed("turn the handle", 5)
+
+    with pytest.raises(KernelRefused, match=r"turn the handle.*EIO"):
+        await run_inside(HERE, "fail", fail)
