@@ -1,0 +1,135 @@
+//! What PID 1 of the guest does before it serves: mounts, modules, loopback.
+//!
+//! Runs once, before the event loop. Only what nobody can do without stops the boot; the rest is
+//! logged, because a guest that serves can at least say what is wrong.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::symlink;
+
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{chdir, chroot, setsid};
+
+use crate::status::{Context, Result};
+use crate::{error, warn};
+
+/// Absolute paths of kernel modules, one a line, in the order in which they can be loaded.
+const MODULE_LIST: &str = "/etc/modules";
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+const NO_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
+/// Target, type, flags, data of each filesystem, in order.
+const MOUNTS: [(&str, &str, MsFlags, &str); 7] = [
+    ("/proc", "proc", NO_EXEC, ""),
+    ("/sys", "sysfs", NO_EXEC, ""),
+    ("/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755"),
+    ("/dev/pts", "devpts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "ptmxmode=0666,gid=5,mode=620"),
+    ("/run", "tmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=0755"),
+    ("/tmp", "tmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=1777"),
+    (CGROUP_ROOT, "cgroup2", NO_EXEC, "nsdelegate"),
+];
+
+/// Makes the machine usable for containers.
+pub fn prepare_machine() -> Result<()> {
+    umask(Mode::from_bits_truncate(0o022));
+    let _ = setsid();
+    make_root_pivotable().context(|| "making / a mount that pivot_root accepts".to_owned())?;
+    for (target, fstype, flags, data) in MOUNTS {
+        let _ = fs::create_dir_all(target);
+        mount(Some(fstype), target, Some(fstype), flags, Some(data))
+            .context(|| format!("mounting {fstype} on {target}"))?;
+    }
+    let _ = fs::create_dir_all("/dev/shm");
+    if let Err(error) =
+        mount(Some("tmpfs"), "/dev/shm", Some("tmpfs"), NO_EXEC, Some("mode=1777"))
+    {
+        warn!("mounting /dev/shm: {error}");
+    }
+    link_standard_streams();
+    // Container start-up writes many short lines; the default limit would drop ours.
+    let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on\n");
+    if let Err(error) = enable_controllers(CGROUP_ROOT) {
+        error!("cgroup controllers of {CGROUP_ROOT}: {error}");
+    }
+    Ok(())
+}
+
+/// The initramfs root has no parent mount, and pivot_root refuses such a root. A bind of it, moved
+/// over `/`, has one; containers then start without `--no-pivot` and can't see the agent's root.
+fn make_root_pivotable() -> io::Result<()> {
+    const STAGE: &str = "/.root";
+    fs::create_dir_all(STAGE)?;
+    mount(Some("/"), STAGE, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    chdir(STAGE)?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
+    chroot(".")?;
+    chdir("/")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
+    Ok(())
+}
+
+fn link_standard_streams() {
+    for (link, target) in [
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ] {
+        if let Err(error) = symlink(target, link)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            warn!("linking {link}: {error}");
+        }
+    }
+}
+
+/// Lets children of `cgroup` use every controller that it has itself.
+pub fn enable_controllers(cgroup: &str) -> io::Result<()> {
+    let controllers = fs::read_to_string(format!("{cgroup}/cgroup.controllers"))?;
+    let all: Vec<String> =
+        controllers.split_ascii_whitespace().map(|name| format!("+{name}")).collect();
+    let control = format!("{cgroup}/cgroup.subtree_control");
+    if fs::write(&control, all.join(" ")).is_ok() {
+        return Ok(());
+    }
+    // One controller that can't be enabled would keep all others from it.
+    for controller in all {
+        if let Err(error) = fs::write(&control, &controller) {
+            warn!("{control}: {controller}: {error}");
+        }
+    }
+    Ok(())
+}
+
+/// Loads the image's modules. One that is missing or fails is logged and left out.
+pub fn load_modules() {
+    let Ok(list) = fs::read_to_string(MODULE_LIST) else { return };
+    for line in list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
+    {
+        let (path, parameters) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        if let Err(error) = load_module(path, parameters.trim()) {
+            error!("module {path}: {error}");
+        }
+    }
+}
+
+/// Loads one module file; a module that is already there is fine.
+pub fn load_module(path: &str, parameters: &str) -> io::Result<()> {
+    let file = File::open(path)?;
+    let parameters = CString::new(parameters)?;
+    match finit_module(file, &parameters, ModuleInitFlags::empty()) {
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Turns the machine off; returns only if the kernel refuses.
+pub fn power_off() {
+    nix::unistd::sync();
+    let Err(error) = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_POWER_OFF);
+    error!("power off: {error}");
+}

@@ -1,0 +1,141 @@
+//! Guest agent of kata-shimv2: serves Kata's agent protocol to the host's shim over ttrpc.
+//!
+//! As PID 1 it owns the machine: it prepares it, reaps, and turns it off. With `--listen unix:/path`
+//! it is a plain process without those duties, which is how tests on a host drive it.
+
+mod agent;
+mod block;
+mod boot;
+mod cgroup;
+mod config;
+mod container;
+mod fs_group;
+mod hugepages;
+mod io;
+mod json;
+mod logging;
+mod modules;
+mod mount_options;
+mod oom;
+mod overlay;
+mod pb;
+mod reaper;
+mod rpc_container;
+mod rpc_process;
+mod rpc_sandbox;
+mod runtime;
+mod sandbox;
+mod spec;
+mod spec_json;
+mod status;
+mod stdio;
+mod storage;
+mod ttrpc;
+mod vsock;
+mod watchable;
+
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use nix::time::{ClockId, clock_gettime};
+use tokio::task::LocalSet;
+
+use crate::agent::Agent;
+use crate::config::Config;
+use crate::json::Object;
+use crate::reaper::Reaper;
+use crate::status::{Context, Result};
+
+/// Milliseconds since the kernel's clock began at the steps of the start.
+#[derive(Default)]
+struct BootTimes {
+    init: u64,
+    modules: u64,
+    listening: u64,
+}
+
+fn uptime_ms() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
+        time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000
+    });
+    u64::try_from(now).unwrap_or(0)
+}
+
+fn main() -> ExitCode {
+    let mut times = BootTimes { init: uptime_ms(), ..BootTimes::default() };
+    let is_init = std::process::id() == 1 && std::env::args().len() <= 1;
+    let config = match configure(is_init, &mut times) {
+        Ok(config) => config,
+        Err(message) => {
+            eprintln!("agent: {message}");
+            return ExitCode::from(2);
+        }
+    };
+    logging::set_level(&config.log_level);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let served = runtime.context(|| "event loop".to_owned()).and_then(|runtime| {
+        LocalSet::new().block_on(&runtime, serve(config, is_init, times))
+    });
+    if let Err(status) = served {
+        error!("{status}");
+    }
+    ExitCode::FAILURE
+}
+
+fn configure(is_init: bool, times: &mut BootTimes) -> std::result::Result<Config, String> {
+    if !is_init {
+        return Config::from_args(std::env::args().skip(1));
+    }
+    boot::prepare_machine().map_err(|status| status.message)?;
+    logging::use_kernel_log();
+    boot::load_modules();
+    times.modules = uptime_ms();
+    let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(|error| error.to_string())?;
+    Ok(Config::from_cmdline(&cmdline))
+}
+
+/// Serves for ever; returns only if it can't begin.
+async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()> {
+    let listener =
+        vsock::listen_on(&config.address).context(|| format!("listening on {:?}", config.address))?;
+    times.listening = uptime_ms();
+    if !is_init {
+        nix::sys::prctl::set_child_subreaper(true).context(|| "subreaper".to_owned())?;
+    }
+    let reaper = Rc::new(Reaper::new().context(|| "reaper".to_owned())?);
+    let ready_port = config.ready_port;
+    let agent = Rc::new(Agent::new(config, is_init, reaper.clone())?);
+    tokio::task::spawn_local(async move { reaper.run().await });
+    if ready_port != 0 {
+        tokio::task::spawn_local(announce(ready_port, times));
+    }
+    let watcher = agent.clone();
+    tokio::task::spawn_local(async move { watcher.oom.run().await });
+    if let Err(error) = cgroup::prepare_parent() {
+        warn!("cgroup of containers: {error}");
+    }
+    loop {
+        let socket = vsock::accept(&listener).await.context(|| "accepting".to_owned())?;
+        tokio::task::spawn_local(ttrpc::serve(socket, agent.clone()));
+    }
+}
+
+/// Tells the host that the agent listens, so that it need not poll.
+async fn announce(port: u32, times: BootTimes) {
+    let mut boot = Object::new();
+    boot.integer("init", times.init)
+        .integer("modules", times.modules)
+        .integer("listening", times.listening);
+    let mut line = Object::new();
+    line.string("agent", "kata-shimv2-agent")
+        .string("version", env!("CARGO_PKG_VERSION"))
+        .raw("boot_ms", &boot.finish());
+    let text = line.finish() + "\n";
+    let sent = match vsock::dial_host(port).await {
+        Ok(socket) => socket.write_all(text.as_bytes()).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = sent {
+        warn!("telling host port {port} that the agent is ready: {error}");
+    }
+}

@@ -1,0 +1,146 @@
+//! RPCs on containers: create, start, pause, update, remove.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+
+use crate::agent::Agent;
+use crate::cgroup::Cgroup;
+use crate::container::{Container, Process, check_id};
+use crate::pb::grpc;
+use crate::rpc_process::refuse_raw_ports;
+use crate::status::{Code, Context, Result, Status};
+use crate::{info, spec, spec_json};
+
+/// Source: kata agent protocol, "OCI spec as the agent wants it".
+pub const CONTAINER_BASE: &str = "/run/kata-containers";
+
+impl Agent {
+    pub async fn create_container(&self, request: grpc::CreateContainerRequest) -> Result<()> {
+        let id = request.container_id.clone();
+        check_id(&id)?;
+        refuse_raw_ports([request.stdin_port, request.stdout_port, request.stderr_port])?;
+        if self.containers.borrow().contains_key(&id) || !self.sandbox.borrow_mut().reserve(&id) {
+            return Err(Status::new(Code::AlreadyExists, format!("container {id} already exists")));
+        }
+        let bundle = Path::new(CONTAINER_BASE).join(&id);
+        let mut storages = Vec::new();
+        let made = self.make_container(request, &bundle, &mut storages).await;
+        self.sandbox.borrow_mut().unreserve(&id);
+        match made {
+            Ok(container) => {
+                self.oom.watch(&container);
+                self.containers.borrow_mut().insert(id.clone(), container);
+                info!("container {id} created");
+                Ok(())
+            }
+            Err(status) => {
+                let _ = self.runtime.delete(&id, &bundle).await;
+                self.release_storages(&storages);
+                let _ = fs::remove_dir_all(&bundle);
+                Err(status)
+            }
+        }
+    }
+
+    async fn make_container(
+        &self,
+        request: grpc::CreateContainerRequest,
+        bundle: &Path,
+        storages: &mut Vec<String>,
+    ) -> Result<Rc<Container>> {
+        let id = request.container_id;
+        let mut spec = request.oci.ok_or_else(|| Status::invalid("no OCI spec"))?;
+        self.add_storages(&request.storages, storages).await?;
+        fs::create_dir_all(bundle).context(|| format!("making {}", bundle.display()))?;
+        let cgroup = Cgroup::of_container(&id);
+        spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow(), request.sandbox_pidns)?;
+        let config = bundle.join("config.json");
+        fs::write(&config, spec_json::config(&spec))
+            .context(|| format!("writing {}", config.display()))?;
+        let init_spec = spec.process.take().unwrap_or_default();
+        let ((pid, exit), io) = self
+            .launch(init_spec.terminal, async |io| self.runtime.create(&id, bundle, io).await)
+            .await?;
+        if request.sandbox_pidns {
+            self.sandbox.borrow_mut().share_pid_namespace(pid)?;
+        }
+        Ok(Rc::new(Container {
+            id,
+            bundle: bundle.to_owned(),
+            cgroup,
+            init: Rc::new(Process { pid, exit, io, waited: false.into() }),
+            execs: RefCell::default(),
+            storages: std::mem::take(storages),
+            init_spec,
+            rootfs: PathBuf::from(spec.root.unwrap_or_default().path),
+            termination_log: spec::termination_log(&spec.mounts),
+            started: false.into(),
+            changing: Mutex::new(()),
+        }))
+    }
+
+    pub async fn start_container(&self, request: grpc::StartContainerRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
+        let _changing = container.changing.lock().await;
+        if container.started.get() {
+            let text = format!("container {} has been started already", container.id);
+            return Err(Status::new(Code::FailedPrecondition, text));
+        }
+        self.runtime.start(&container.id, &container.bundle).await?;
+        container.started.set(true);
+        Ok(())
+    }
+
+    pub async fn pause_container(&self, request: grpc::PauseContainerRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
+        let _changing = container.changing.lock().await;
+        self.runtime.pause(&container.id, &container.bundle).await
+    }
+
+    pub async fn resume_container(&self, request: grpc::ResumeContainerRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
+        let _changing = container.changing.lock().await;
+        self.runtime.resume(&container.id, &container.bundle).await
+    }
+
+    pub async fn update_container(&self, request: grpc::UpdateContainerRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
+        let _changing = container.changing.lock().await;
+        let resources = request.resources.ok_or_else(|| Status::invalid("no resources"))?;
+        let json = spec_json::resources(&resources);
+        self.runtime.update(&container.id, &container.bundle, &json).await
+    }
+
+    /// Kills what still runs; a timeout of 0 waits as long as that takes.
+    pub async fn remove_container(&self, request: grpc::RemoveContainerRequest) -> Result<()> {
+        let removal = self.remove(&request.container_id);
+        if request.timeout == 0 {
+            return removal.await;
+        }
+        let limit = Duration::from_secs(request.timeout.into());
+        tokio::time::timeout(limit, removal).await.unwrap_or_else(|_| {
+            let text = format!("removing container {} took too long", request.container_id);
+            Err(Status::new(Code::DeadlineExceeded, text))
+        })
+    }
+
+    async fn remove(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        let _changing = container.changing.lock().await;
+        self.oom.forget(id);
+        self.runtime.delete(id, &container.bundle).await?;
+        container.init.exit.wait().await;
+        self.containers.borrow_mut().remove(id);
+        self.release_storages(&container.storages);
+        if let Err(error) = fs::remove_dir_all(&container.bundle) {
+            crate::warn!("removing {}: {error}", container.bundle.display());
+        }
+        info!("container {id} removed");
+        Ok(())
+    }
+}

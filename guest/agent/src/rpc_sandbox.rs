@@ -1,0 +1,43 @@
+//! RPCs that ask about the agent itself.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use crate::agent::Agent;
+use crate::config::Config;
+use crate::oom::OomEvents;
+use crate::pb::grpc;
+use crate::reaper::Reaper;
+use crate::runtime::Runtime;
+use crate::status::{Context, Result};
+
+/// Version of the agent API. Source: kata agent protocol, Health.Version.
+const API_VERSION: &str = "0.0.1";
+
+impl Agent {
+    pub fn new(config: Config, is_init: bool, reaper: Rc<Reaper>) -> Result<Self> {
+        Ok(Self {
+            config,
+            is_init,
+            runtime: Runtime::new(reaper.clone()),
+            reaper,
+            containers: RefCell::default(),
+            sandbox: RefCell::default(),
+            mounted: RefCell::default(),
+            oom: OomEvents::new().context(|| "inotify".to_owned())?,
+            ending: Cell::new(false),
+        })
+    }
+
+    pub async fn check(&self, _: grpc::CheckRequest) -> Result<grpc::HealthCheckResponse> {
+        let status = grpc::health_check_response::ServingStatus::Serving as i32;
+        Ok(grpc::HealthCheckResponse { status })
+    }
+
+    pub async fn version(&self, _: grpc::CheckRequest) -> Result<grpc::VersionCheckResponse> {
+        Ok(grpc::VersionCheckResponse {
+            grpc_version: API_VERSION.to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        })
+    }
+}

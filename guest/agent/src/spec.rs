@@ -1,0 +1,116 @@
+//! Changes a host's OCI spec into one for this guest.
+//!
+//! Source: kata agent protocol, "OCI spec as the agent wants it".
+
+use std::path::{Component, Path, PathBuf};
+
+use crate::cgroup::Cgroup;
+use crate::container::Container;
+use crate::pb::grpc::{LinuxNamespace, Mount, Process, Spec};
+use crate::sandbox::Sandbox;
+use crate::status::{Result, Status};
+
+/// Kubernetes' default, used when a container says nothing else.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+/// Files of /proc that a mount may cover. Source: kata agent protocol, same section.
+const PROC_FILES: [&str; 8] =
+    ["cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "net/dev"];
+
+/// Makes the spec fit the guest: shared namespaces, its cgroup, mounts that can be allowed.
+pub fn adapt(
+    spec: &mut Spec,
+    cgroup: &Cgroup,
+    sandbox: &Sandbox,
+    sandbox_pidns: bool,
+) -> Result<()> {
+    let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
+    if !Path::new(&root.path).is_absolute() {
+        return Err(Status::invalid(format!("root path {:?} is not absolute", root.path)));
+    }
+    for mount in &spec.mounts {
+        check_mount(mount)?;
+    }
+    let process = spec.process.as_ref().ok_or_else(|| Status::invalid("the spec has no process"))?;
+    if process.args.is_empty() {
+        return Err(Status::invalid("the process has no arguments"));
+    }
+    let linux = spec.linux.get_or_insert_default();
+    cgroup.name.clone_into(&mut linux.cgroups_path);
+    linux.mount_label.clear();
+    linux.intel_rdt = None;
+    adapt_namespaces(&mut linux.namespaces, sandbox, sandbox_pidns);
+    // In the sandbox's namespace the name is set once, by CreateSandbox.
+    if sandbox.namespace("uts").is_some() {
+        spec.hostname.clear();
+    }
+    Ok(())
+}
+
+/// The guest's network is the pod's; IPC and UTS are the sandbox's; pids are the container's own
+/// or those of the sandbox's first container.
+fn adapt_namespaces(
+    namespaces: &mut Vec<LinuxNamespace>,
+    sandbox: &Sandbox,
+    sandbox_pidns: bool,
+) {
+    namespaces.retain(|namespace| matches!(namespace.r#type.as_str(), "cgroup" | "user" | "mount"));
+    for namespace in namespaces.iter_mut() {
+        namespace.path.clear();
+    }
+    let mut add = |kind: &str, path: Option<String>| {
+        namespaces.push(LinuxNamespace { r#type: kind.to_owned(), path: path.unwrap_or_default() });
+    };
+    add("ipc", sandbox.namespace("ipc"));
+    add("uts", sandbox.namespace("uts"));
+    add("pid", sandbox.pid_namespace.clone().filter(|_| sandbox_pidns));
+    if !namespaces.iter().any(|namespace| namespace.r#type == "mount") {
+        namespaces.push(LinuxNamespace { r#type: "mount".to_owned(), path: String::new() });
+    }
+}
+
+fn check_mount(mount: &Mount) -> Result<()> {
+    let destination = Path::new(&mount.destination);
+    if !destination.is_absolute() {
+        return Err(Status::invalid(format!("mount on {:?}: not absolute", mount.destination)));
+    }
+    if destination.components().any(|part| part == Component::ParentDir) {
+        return Err(Status::invalid(format!("mount on {:?}: has ..", mount.destination)));
+    }
+    let Ok(below) = destination.strip_prefix("/proc") else { return Ok(()) };
+    let whole = below.as_os_str().is_empty();
+    let is_bind = mount.r#type == "bind" || mount.options.iter().any(|o| o == "bind" || o == "rbind");
+    let source_is_proc = mount.source.starts_with("/proc");
+    if whole && (!is_bind || source_is_proc) {
+        return Ok(());
+    }
+    if is_bind && PROC_FILES.iter().any(|name| below == Path::new(name)) {
+        return Ok(());
+    }
+    Err(Status::invalid(format!("mount on {:?}: /proc can't be covered", mount.destination)))
+}
+
+/// Fills in what exec requests of some shims leave out: they carry only terminal, user, arguments,
+/// environment and directory. Source: kata agent protocol, "Exec fidelity gap".
+pub fn complete_exec(mut process: Process, container: &Container) -> Process {
+    let init = &container.init_spec;
+    if process.capabilities.is_none() {
+        process.capabilities.clone_from(&init.capabilities);
+    }
+    if process.rlimits.is_empty() {
+        process.rlimits.clone_from(&init.rlimits);
+    }
+    process.no_new_privileges |= init.no_new_privileges;
+    if process.oom_score_adj == 0 {
+        process.oom_score_adj = init.oom_score_adj;
+    }
+    if process.cwd.is_empty() {
+        process.cwd.clone_from(&init.cwd);
+    }
+    process
+}
+
+/// The guest's file behind the container's termination log, if a mount provides it.
+pub fn termination_log(mounts: &[Mount]) -> Option<PathBuf> {
+    let mount = mounts.iter().find(|mount| mount.destination == TERMINATION_LOG)?;
+    Some(PathBuf::from(&mount.source))
+}
