@@ -51,12 +51,15 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
         tree.file(path, text.encode())
     for path, source in sorted(inputs.runtime.files.items()):
         tree.file(path, source.read_bytes(), 0o755)
-    modules = []
+    directory = f"{MODULE_DIRECTORY}/{inputs.kernel.release}"
+    modules: list[str] = []
     for source in kernel.module_order(inputs.kernel):
         name, data = kernel.module_bytes(source)
-        tree.file(f"{MODULE_DIRECTORY}/{name}", data)
+        tree.file(f"{directory}/{name}", data)
         modules.append(name)
-    listing = "".join(f"{MODULE_DIRECTORY}/{name}\n" for name in modules)
+    for name, text in kernel.module_index(inputs.kernel, modules).items():
+        tree.file(f"{directory}/{name}", text.encode())
+    listing = "".join(f"{directory}/{name}\n" for name in modules)
     tree.file(MODULE_LIST, listing.encode())
     return tree, modules
 

@@ -190,6 +190,27 @@ def module_order(kernel: KernelPackage, wanted: tuple[str, ...] = BOOT_MODULES) 
     return list(ordered)
 
 
+def module_index(kernel: KernelPackage, names: list[str]) -> dict[str, str]:
+    """Return modules.dep, for `names` lying in one directory, and modules.builtin, by file name.
+
+    Source: depmod(8), modules.dep(5): `module: nearest-dependency farther-dependency …`.
+    """
+    directory = kernel.root / "lib" / "modules" / kernel.release
+    lines = []
+    for line in (directory / "modules.dep").read_text().splitlines():
+        module, _, dependencies = line.partition(":")
+        if _plain_name(module) in names:
+            needed = " ".join(map(_plain_name, dependencies.split()))
+            lines.append(f"{_plain_name(module)}: {needed}".rstrip() + "\n")
+    builtin = (directory / "modules.builtin").read_text()
+    return {"modules.dep": "".join(sorted(lines)), "modules.builtin": builtin}
+
+
+def _plain_name(path: str) -> str:
+    name = path.rpartition("/")[2]
+    return name if name.endswith(".ko") else name.rpartition(".")[0]
+
+
 def module_bytes(path: Path) -> tuple[str, bytes]:
     """Return a module's name with .ko and its content, unpacked where the package packs it."""
     data = path.read_bytes()
