@@ -1,0 +1,198 @@
+"""Real machines under QEMU: how they end, what can be plugged, what their helpers' death does."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import struct
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypervisors.machine import (
+    BlockDevice,
+    ExitKind,
+    NetDevice,
+    SharedDirectory,
+    UnixVsock,
+    VmEventKind,
+)
+from hypervisors.registry import find_hypervisor
+from hypervisors.virtiofsd import start_virtiofsd
+from hypervisors.vsock_device import start_vsock_device
+
+from . import scratch_guest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.root]
+
+BOOT_DEADLINE_S = 60
+CHANGE_DEADLINE_S = 30
+
+
+@asynccontextmanager
+async def running(spec, records):
+    """Launch and supervise a machine; whatever happens it is gone afterwards."""
+    machine = await find_hypervisor("qemu").launch(spec, record=records.append)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(machine.run)
+        try:
+            yield machine
+        finally:
+            machine.kill()
+
+
+async def says(machine, needle):
+    """Wait until the guest has written a line with `needle`; fail with its last lines."""
+    with trio.move_on_after(CHANGE_DEADLINE_S) as scope:
+        await machine.console.wait_for(needle.encode())
+    assert not scope.cancelled_caught, (needle, machine.console.tail(20))
+
+
+async def all_events(machine):
+    return [event async for event in machine.events]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "kind", "reason"),
+    [
+        ("poweroff", ExitKind.CLEAN, "powered off"),
+        ("reboot", ExitKind.REBOOT, "rebooted"),
+        ("panic", ExitKind.PANIC, "panicked"),
+    ],
+)
+async def test_ends_chosen_by_the_guest_are_told_apart(make_spec, records, scenario, kind, reason):
+    async with running(make_spec(scenario), records) as machine:
+        with trio.fail_after(BOOT_DEADLINE_S):
+            ending = await machine.wait_exited()
+    assert ending.kind is kind
+    assert reason in ending.reason
+    assert ending.code == 0
+    events = await all_events(machine)
+    assert events[-1].kind is VmEventKind.EXITED
+    assert (VmEventKind.PANICKED in [event.kind for event in events]) == (scenario == "panic")
+    if scenario == "panic":
+        assert any("Kernel panic" in line for line in machine.console.tail(60))
+
+
+async def test_killed_vmm_is_reported_within_a_second_and_sandboxed(make_spec, records):
+    async with running(make_spec(), records) as machine:
+        status = Path(f"/proc/{machine.pid}/status").read_text()
+        assert "Seccomp:\t2" in status
+        assert "NoNewPrivs:\t1" in status
+        began = time.monotonic()
+        os.kill(machine.pid, signal.SIGKILL)
+        ending = await machine.wait_exited()
+        assert time.monotonic() - began < 1
+    assert ending.kind is ExitKind.KILLED
+    assert ending.signal == signal.SIGKILL
+    assert "SIGKILL" in ending.reason
+
+
+async def test_shutdown_without_an_answering_guest_ends_the_vmm(make_spec, records):
+    async with running(make_spec(), records) as machine:
+        ending = await machine.shutdown(0.1)
+    assert ending.kind is ExitKind.KILLED
+    assert "quit" in ending.reason
+
+
+async def test_devices_vcpus_and_memory_come_and_go_while_it_runs(make_spec, records, tmp_path):
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(1 << 20))
+    async with running(make_spec(), records) as machine:
+        await says(machine, "GUEST-READY")
+        await says(machine, "STATE disks=[ ] nets=[ ] cpus=1")
+
+        address = await machine.attach(
+            BlockDevice(id="disk", path=disk, read_only=True, serial="abc")
+        )
+        assert address.pci_path == "10/00"
+        await says(machine, "STATE disks=[ ../devices/pci0000:00/0000:00:10.0/0000:")
+        tap = make_tap_elsewhere()
+        mac = "02:00:00:00:00:01"
+        address = await machine.attach(NetDevice(id="net", mac=mac, tap_fds=(tap,), mtu=1400))
+        os.close(tap)
+        assert address.pci_path == "11/00"
+        await says(machine, f"nets=[ {mac} ]")
+
+        assert await machine.resize_vcpus(2) == 2
+        await says(machine, "cpus=2")
+        assert await machine.resize_memory(500) == 512
+        await says(machine, "mem128=3.")
+
+        await machine.pause()
+        await machine.resume()
+        for device_id in ("disk", "net"):
+            await machine.detach(device_id)
+        await says(machine, "disks=[ ] nets=[ ] cpus=2")
+        assert sorted(machine.addresses) == ["rng"]
+        # The freed port and the freed names serve again.
+        again = await machine.attach(BlockDevice(id="disk", path=disk, read_only=False))
+        assert again.pci_path == "10/00"
+        assert await machine.resize_vcpus(1) in (1, 2)
+        machine.kill()
+    kinds = [event.kind for event in await all_events(machine)]
+    assert VmEventKind.PAUSED in kinds
+    assert VmEventKind.RESUMED in kinds
+    assert kinds.count(VmEventKind.DEVICE_REMOVED) >= 2
+
+
+async def test_death_of_a_helper_is_reported_and_the_machine_still_obeys(
+    make_spec, records, tmp_path
+):
+    share = tmp_path / "share"
+    share.mkdir()
+    (share / "hello").write_text("from the host\n")
+    fs = await start_virtiofsd(
+        scratch_guest.VIRTIOFSD, share, tmp_path / "fs.sock", record=records.append
+    )
+    vsock = await start_vsock_device(
+        scratch_guest.VSOCK_DEVICE, tmp_path / "vs.sock", tmp_path / "uds", record=records.append
+    )
+    spec = make_spec(
+        devices=(
+            SharedDirectory(id="fs", tag="kataShared", socket=tmp_path / "fs.sock"),
+            UnixVsock(id="vsock", socket=tmp_path / "vs.sock", uds_path=tmp_path / "uds"),
+        )
+    )
+    try:
+        async with running(spec, records) as machine:
+            await says(machine, "SHARE from the host")
+            for helper in (fs, vsock):
+                os.kill(helper.pid, signal.SIGKILL)
+                with trio.fail_after(1):
+                    assert (await helper.run()).signal == signal.SIGKILL
+            await machine.pause()
+            assert machine.exit is None
+    finally:
+        await fs.aclose()
+        await vsock.aclose()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["share"]
+
+
+async def test_cancelled_launch_leaves_nothing(make_spec, records):
+    for delay_s in (0.0, 0.01, 0.05):
+        with trio.move_on_after(delay_s):
+            await find_hypervisor("qemu").launch(make_spec(), record=records.append)
+            pytest.skip("the machine was launched before it could be cancelled")
+
+
+def make_tap_elsewhere():
+    """A tap descriptor of a network namespace that nothing else is in."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ctypes.CDLL(None).unshare(0x40000000)
+        tun = os.open("/dev/net/tun", os.O_RDWR)
+        fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"tap0", 0x0002 | 0x1000 | 0x4000))
+        socket.send_fds(theirs, [b"x"], [tun])
+        os._exit(0)
+    with ours, theirs:
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(pid, 0)
+    return fds[0]
