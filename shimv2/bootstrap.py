@@ -89,6 +89,7 @@ class ShimInvocation:
         "publish_binary",
         "sandbox_id",
         "socket_dir",
+        "socket_inode",
         "ttrpc_address",
     )
 
@@ -105,6 +106,7 @@ class ShimInvocation:
         self.publish_binary = ""
         self.containerd_version = ""
         self.socket_dir = ""
+        self.socket_inode = 0  # what `start` bound, once it has
         self.debug = False
         self.core_scheduling = False
 

@@ -21,7 +21,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from shimv2.errors import FailedPrecondition, ResourceExhausted
-from shimv2.host_process import boot_id, start_time_ticks
+from shimv2.host_process import boot_id, is_alive, start_time_ticks
 from shimv2.undo import UNDO, Outcome
 
 if TYPE_CHECKING:
@@ -186,6 +186,21 @@ def replay(path: str, *, container: str | None = None) -> list[str]:
         if problem is not None:
             problems.append(problem)
     return problems
+
+
+def survivors(path: str) -> list[Entry]:
+    """Return the entries of processes that are still alive: replay was not able to end them."""
+    head, held = read(path)
+    if head is None or head.boot != boot_id():
+        return []
+    return [
+        entry
+        for entry in held
+        if entry.kind == "process"
+        and isinstance(pid := entry.fields.get("pid"), int)
+        and isinstance(start := entry.fields.get("start_time"), int)
+        and is_alive(pid, start)
+    ]
 
 
 def _undo_one(entry: Entry) -> str | None:

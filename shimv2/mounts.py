@@ -197,6 +197,12 @@ def make_shared(path: str) -> None:
     mount("none", path, "", MS_SHARED)
 
 
+def prctl(option: int, *arguments: int) -> int:
+    """prctl(2); returns what it returns."""
+    result: int = _libc.prctl(option, *(ctypes.c_ulong(one) for one in arguments))
+    return result
+
+
 def private_mount_namespace() -> None:
     """Leave the host's mount namespace: its mounts flow in, ours don't flow out.
 

@@ -45,6 +45,7 @@ def run(flags: Flags) -> NoReturn:
     write_file(invocation.bundle_path, "address", invocation.address)
     if listener is None:
         finish(invocation.address)
+    invocation.socket_inode = posix.lstat(invocation.socket_path).st_ino
     gate, opener = posix.pipe()
     child = posix.fork()
     if child == 0:

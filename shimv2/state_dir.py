@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from shimv2.errors import InvalidArgument
 from shimv2.naming import sandbox_digest
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
