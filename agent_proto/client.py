@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from agent_proto.details import AgentVersion, GuestDetails
-from agent_proto.errors import AgentMisbehaved, AgentStatus, AgentTimeout, AgentUnreachable
+from agent_proto.errors import (
+    AgentMisbehaved,
+    AgentStatus,
+    AgentTimeout,
+    AgentUnreachable,
+    RequestTooLarge,
+    guest_text,
+)
 from agent_proto.limits import (
     CHUNK_REPLY_OVERHEAD,
     MAX_CHUNK_BYTES,
@@ -28,7 +35,14 @@ from agent_proto.limits import (
 )
 from agent_proto.pb import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 from ttrpc.client import Client
-from ttrpc.errors import Code, ConnectionLost, RemoteStatus, TtrpcError
+from ttrpc.errors import (
+    CallTimeout,
+    Code,
+    ConnectionLost,
+    MessageTooLarge,
+    RemoteProtocolError,
+    RemoteStatus,
+)
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -363,8 +377,12 @@ class AgentClient:
             raise AgentStatus(error.code, error.message, method) from error
         except ConnectionLost as error:
             raise AgentUnreachable(method, str(error)) from error
-        except TtrpcError as error:
-            raise AgentMisbehaved(method, str(error)) from error
+        except CallTimeout as error:
+            raise AgentTimeout(method, error.timeout_s) from error
+        except MessageTooLarge as error:
+            raise RequestTooLarge(method, error.length, error.limit) from error
+        except RemoteProtocolError as error:
+            raise AgentMisbehaved(method, guest_text(str(error))) from error
         assert limit_s is not None
         raise AgentTimeout(method, limit_s)
 

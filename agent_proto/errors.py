@@ -5,7 +5,8 @@
     │   └── HandshakeRefused    the vsock device answered, but not with a connection to the agent
     ├── AgentTimeout        connected, no answer in time: the agent or its VM hangs
     ├── AgentStatus         the agent answered: it will not or cannot; `code` says why
-    └── AgentMisbehaved     the answer is none the protocol allows: take the guest for hostile
+    ├── AgentMisbehaved     the answer is none the protocol allows: take the guest for hostile
+    └── RequestTooLarge     not sent: no message of that size can be
 
 Text that comes from the guest is escaped and cut short before it gets into any of them.
 """
@@ -115,3 +116,16 @@ class AgentMisbehaved(AgentError):
 
     def __str__(self) -> str:
         return f"agent broke the protocol in {self.method}: {self.reason}"
+
+
+class RequestTooLarge(AgentError):
+    """The request for `method` has `size` bytes; nothing was sent, the connection is as before."""
+
+    def __init__(self, method: str, size: int, limit: int) -> None:
+        super().__init__(method, size, limit)
+        self.method = method
+        self.size = size
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"request {self.method} has {self.size} bytes, the agent takes {self.limit}"
