@@ -1,0 +1,316 @@
+"""Brings one virtual machine up to an agent that answers, watches it, and takes it down.
+
+Order, with everything that can overlap overlapped:
+
+    check ──> share prepared ──┬─> virtiofsd ─┬─> VMM launched ──> agent says ready ──> connected
+                               └─> vsock ─────┘        ║
+                                      rootfs and spec (by the caller, meanwhile)
+
+A `Machine` is used once. The death of any part is reported once, through `on_death`, with the
+reason that explains most: a dead VMM also ends the daemons and the agent's connection.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from agent_proto.client import AgentClient
+from agent_proto.errors import AgentTimeout
+from agent_proto.readiness import ReadinessListener
+from agent_proto.vsock import Endpoint, HybridVsock, dial, dial_until
+from hypervisors.machine import (
+    KernelVsock as KernelVsockDevice,
+)
+from hypervisors.machine import (
+    MachineSpec,
+    Rng,
+    SharedDirectory,
+    UnixVsock,
+    VmExit,
+)
+from shimv2.errors import Unavailable
+from shimv2.rootfs import SHARE_TAG
+
+if TYPE_CHECKING:
+    from agent_proto.limits import AgentTimeouts
+    from hypervisors.base import Hypervisor, VirtualMachine
+    from hypervisors.child import ChildRecord
+    from hypervisors.helper import Helper
+    from shimv2.journal import Entry, Journal
+    from shimv2.kernel_vsock import KernelVsockDescriptor
+    from shimv2.machine_plan import MachinePlan
+    from shimv2.timeline import Timeline
+
+_CONNECT_DEADLINE_S: Final = 5.0
+# An agent that reports has done so by then even in a slow emulated guest; later, dial it.
+_REPORT_PATIENCE_S: Final = 20.0
+# How long the loss of one part waits for the VMM's own end, which explains it better.
+_BETTER_REASON_S: Final = 0.3
+_STOP_DEADLINE_S: Final = 5.0
+_TAIL_LINES: Final = 20
+
+
+class SupervisedHelper(Protocol):
+    """A daemon beside the VMM."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stderr_tail(self) -> list[str]: ...
+    async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> object: ...
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machinery:
+    """The parts a machine is made of; tests put fakes here."""
+
+    hypervisor: Hypervisor
+    start_virtiofsd: Callable[..., Awaitable[Helper]]
+    start_vsock_device: Callable[..., Awaitable[Helper]]
+    open_kernel_vsock: Callable[[], KernelVsockDescriptor | None]
+
+
+class Machine:
+    """One VM with its daemons and its agent."""
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        plan: MachinePlan,
+        machinery: Machinery,
+        *,
+        state: Path,
+        share: Path,
+        journal: Journal,
+        jobs: trio.Nursery,
+        timeline: Timeline,
+        on_death: Callable[[str], None],
+        timeouts: AgentTimeouts | None = None,
+    ) -> None:
+        self._sandbox_id = sandbox_id
+        self._plan = plan
+        self._machinery = machinery
+        self._state = state
+        self._share = share
+        self._journal = journal
+        self._jobs = jobs
+        self._timeline = timeline
+        self._on_death = on_death
+        self._timeouts = timeouts
+        self._helpers: list[SupervisedHelper] = []
+        self._entries: list[Entry] = []
+        self._kernel_vsock: KernelVsockDescriptor | None = None
+        self._scope = trio.CancelScope()
+        self._is_closing = False
+        self.vm: VirtualMachine | None = None
+        self.agent: AgentClient | None = None
+        self.death: str | None = None
+        self.boot_ms: dict[str, float] = {}  # the agent's own account of its start
+        # Only an agent that reports readiness is known to keep output after a process's exit.
+        self.keeps_output = False
+
+    @property
+    def pid(self) -> int:
+        """The VMM's pid: what containerd is told for every process. 0 before the launch."""
+        return self.vm.pid if self.vm is not None else 0
+
+    def console_tail(self) -> list[str]:
+        """The guest's last console lines, escaped."""
+        return self.vm.console.tail(_TAIL_LINES) if self.vm is not None else []
+
+    @property
+    def vm_exit(self) -> VmExit | None:
+        return self.vm.exit if self.vm is not None else None
+
+    async def boot(self) -> AgentClient:
+        """Boot and connect. On failure the caller calls `aclose`; cancelling is safe.
+
+        Raises:
+            Unavailable: a part died meanwhile, with its reason.
+            HypervisorError, AgentError: a step failed.
+        """
+        with self._scope:
+            await self._boot()
+        if self.agent is None or self.death is not None:
+            raise Unavailable(self.death or "the virtual machine was stopped while it booted")
+        return self.agent
+
+    async def aclose(self) -> None:
+        """Kill and reap everything. Idempotent; shielded, and bounded part by part."""
+        self._is_closing = True
+        self._scope.cancel()
+        if self.agent is not None:
+            self.agent.close()
+        if self.vm is not None:
+            self.vm.kill()
+            # If this fires the VMM hangs in the kernel; its record stays in the journal.
+            with trio.move_on_after(_STOP_DEADLINE_S, shield=True):
+                await self.vm.wait_exited()
+        for helper in reversed(self._helpers):
+            await helper.aclose()
+        self._helpers.clear()
+        if self._kernel_vsock is not None:
+            self._kernel_vsock.close()
+            self._kernel_vsock = None
+        for entry in reversed(self._entries):
+            self._journal.release(entry)
+        self._entries.clear()
+
+    async def _boot(self) -> None:
+        kernel_vsock = self._kernel_vsock = self._machinery.open_kernel_vsock()
+        self._machinery.hypervisor.check(self._spec(self._plan.ready_port))
+        self._timeline.enter("starting the daemons of the virtual machine")
+        endpoint = self._endpoint(self._plan.ready_port)
+        async with ReadinessListener.listen(endpoint) as listener:
+            spec = self._spec(listener.port)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._start_virtiofsd)
+                if kernel_vsock is None:
+                    nursery.start_soon(self._start_vsock_device)
+            self._timeline.mark("helpers")
+            await self._launch(spec)
+            self._timeline.enter("waiting for the agent in the guest")
+            sock = await self._meet_agent(listener)
+        self.agent = AgentClient(sock, timeouts=self._timeouts)
+        await self._jobs.start(self._supervise_agent)
+        self._timeline.mark("agent_connected")
+
+    async def _meet_agent(self, listener: ReadinessListener) -> socket.socket:
+        """Connect as soon as the agent reports, or find out by dialling that it serves."""
+        plan = self._plan
+        endpoint = self._endpoint(plan.agent_port)
+        if plan.readiness != "dial":
+            patience_s = plan.boot_deadline_s
+            if plan.readiness == "auto":
+                patience_s = min(patience_s, _REPORT_PATIENCE_S)
+            try:
+                report = await listener.wait(timeout_s=patience_s)
+            except AgentTimeout:
+                if plan.readiness == "push":
+                    raise
+            else:
+                self.keeps_output = True
+                self.boot_ms = dict(report.boot_ms)
+                self._timeline.mark("agent_ready")
+                return await dial(endpoint, timeout_s=_CONNECT_DEADLINE_S)
+        left_s = max(1.0, plan.boot_deadline_s - self._timeline.elapsed_s())
+        return await dial_until(endpoint, deadline_s=left_s)
+
+    async def _launch(self, spec: MachineSpec) -> None:
+        self._timeline.enter("launching the virtual machine")
+        self._timeline.mark("launch")
+        self.vm = await self._machinery.hypervisor.launch(spec, record=self._record)
+        await self._jobs.start(self._supervise_vm)
+        self._timeline.mark("launched")
+
+    async def _start_virtiofsd(self) -> None:
+        path = self._socket("virtiofsd.sock")
+        helper = await self._machinery.start_virtiofsd(
+            self._plan.virtiofsd,
+            self._share,
+            path,
+            record=self._record,
+            cache=self._plan.virtiofsd_cache,
+        )
+        await self._supervise(helper)
+
+    async def _start_vsock_device(self) -> None:
+        helper = await self._machinery.start_vsock_device(
+            self._plan.vsock_device,
+            self._socket("vhost-vsock.sock"),
+            self._socket("vsock.sock"),
+            record=self._record,
+        )
+        await self._supervise(helper)
+
+    async def _supervise(self, helper: SupervisedHelper) -> None:
+        self._helpers.append(helper)
+        await self._jobs.start(self._watch_helper, helper)
+
+    async def _watch_helper(
+        self, helper: SupervisedHelper, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        ended = await helper.run(task_status=task_status)
+        said = " | ".join(helper.stderr_tail[-3:])
+        await self._lost(f"{helper.name} {ended}" + (f": {said}" if said else ""))
+
+    async def _supervise_vm(self, *, task_status: trio.TaskStatus[None]) -> None:
+        vm = self.vm
+        assert vm is not None
+        await vm.run(task_status=task_status)
+        self._die(f"the virtual machine ended: {(await vm.wait_exited()).reason}")
+
+    async def _supervise_agent(self, *, task_status: trio.TaskStatus[None]) -> None:
+        assert self.agent is not None
+        await self.agent.run(task_status=task_status)
+        await self._lost("the connection to the agent in the guest was lost")
+
+    async def _lost(self, reason: str) -> None:
+        if self._is_closing:
+            return
+        if self.vm is not None:
+            with trio.move_on_after(_BETTER_REASON_S):
+                await self.vm.wait_exited()
+                # Its own supervisor reports the end.
+                return
+        self._die(reason)
+
+    def _die(self, reason: str) -> None:
+        if self._is_closing or self.death is not None:
+            return
+        self.death = reason
+        self._scope.cancel()
+        self._on_death(reason)
+
+    def _record(self, record: ChildRecord) -> None:
+        self._entries.append(
+            self._journal.take(
+                "process", name=record.name, pid=record.pid, start_time=record.start_time
+            )
+        )
+
+    def _socket(self, name: str) -> Path:
+        path = self._state / name
+        self._entries.append(self._journal.take("socket", path=str(path)))
+        return path
+
+    def _endpoint(self, port: int) -> Endpoint:
+        if self._kernel_vsock is not None:
+            return self._kernel_vsock.endpoint(port)
+        return HybridVsock(self._state / "vsock.sock", port)
+
+    def _spec(self, ready_port: int) -> MachineSpec:
+        plan = self._plan
+        vsock: KernelVsockDevice | UnixVsock
+        if self._kernel_vsock is not None:
+            vsock = self._kernel_vsock.device("vsock0")
+        else:
+            vsock = UnixVsock(
+                id="vsock0",
+                socket=self._state / "vhost-vsock.sock",
+                uds_path=self._state / "vsock.sock",
+            )
+        share = SharedDirectory(id="share0", tag=SHARE_TAG, socket=self._state / "virtiofsd.sock")
+        return MachineSpec(
+            id=self._sandbox_id,
+            kernel=plan.kernel,
+            initrd=plan.initrd,
+            cmdline=f"kata.ready_port={ready_port} {plan.kernel_params}".strip(),
+            vcpus=plan.vcpus,
+            max_vcpus=plan.max_vcpus,
+            memory_mib=plan.memory_mib,
+            max_memory_mib=plan.max_memory_mib,
+            binary=plan.binary,
+            run_dir=self._state,
+            accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration
+            machine_type=plan.machine_type,
+            devices=(share, vsock, Rng()),
+            hotplug_ports=plan.hotplug_ports,
+        )

@@ -1,0 +1,278 @@
+"""The OCI spec as containerd gives it -> the OCI spec as the agent in the guest wants it.
+
+Pure: no I/O and no clock. What needs the host (sharing a bind mount's source) is planned here as
+data and done by `rootfs`. Facts about the agent's expectations: docs/protocols.md "Guest spec";
+Source: Kata virtcontainers/kata_agent.go constrainGRPCSpec, runtime-rs amend_spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from agent_proto.pb import oci_pb2
+from shimv2.bundle import Bundle, ContainerKind, JsonObject
+from shimv2.errors import InvalidArgument, Unimplemented
+from shimv2.oci_messages import message_from_json
+
+# Source: Kata virtcontainers/kata_agent.go: where the guest sees the share, and the pod's shm.
+SHARED_DIRECTORY: Final = PurePosixPath("/run/kata-containers/shared/containers")
+GUEST_SHM: Final = PurePosixPath("/run/kata-containers/sandbox/shm")
+
+# Filesystems that the guest's kernel provides by itself.
+_GUEST_FILESYSTEMS: Final = frozenset((
+    "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "securityfs", "debugfs",
+    "tracefs", "bpf", "hugetlbfs", "binfmt_misc", "devtmpfs", "configfs", "fusectl",
+))  # fmt: skip
+_HOST_SYSTEM_DIRECTORIES: Final = ("/proc", "/sys", "/dev")
+# cgroup namespaces are kept: the guest has cgroup v2 and hides its own tree that way.
+_KEPT_NAMESPACES: Final = frozenset({"ipc", "uts", "mount", "user", "cgroup"})
+# Devices that every Linux has under the same numbers and that reach no hardware of the host:
+# null, zero, full, random, urandom, kmsg; tty, console, ptmx; tun, fuse. Source: devices.txt.
+_GUEST_DEVICES: Final = frozenset(
+    {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)}
+)
+_TYPE_ANNOTATION: Final = "io.katacontainers.pkg.oci.container_type"
+_AGENT_KINDS: Final = {
+    ContainerKind.SINGLE: "single_container",
+    ContainerKind.SANDBOX: "pod_sandbox",
+    ContainerKind.MEMBER: "pod_container",
+}
+_HOSTNAME_MAX: Final = 63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedMount:
+    """A bind mount of the spec whose source lies on the host and must be shared."""
+
+    index: int  # in the spec's list of mounts
+    source: Path
+    destination: PurePosixPath
+    read_only: bool
+    is_recursive: bool
+
+
+def shared_mounts(spec: JsonObject) -> list[SharedMount]:
+    """The mounts that need something of the host, in the spec's order.
+
+    Raises:
+        ShimError: InvalidArgument or Unimplemented for a mount that no guest can have.
+    """
+    found = []
+    for index, mount in enumerate(spec.get("mounts") or []):
+        if not _is_bind(mount):
+            _check_guest_filesystem(mount)
+            continue
+        if _uses_guest_source(mount):
+            continue
+        options = _options(mount)
+        if "idmap" in options or "ridmap" in options or mount.get("uidMappings"):
+            raise Unimplemented(
+                f"mount {mount['destination']}: id-mapped mounts cannot be shared with the VM",
+            )
+        found.append(
+            SharedMount(
+                index=index,
+                source=Path(str(mount.get("source", ""))),
+                destination=PurePosixPath(mount["destination"]),
+                read_only="ro" in options,
+                is_recursive="bind" not in options or "rbind" in options,
+            )
+        )
+    return found
+
+
+def guest_spec(
+    bundle: Bundle,
+    *,
+    guest_root: PurePosixPath,
+    sources: Mapping[int, PurePosixPath],
+    terminal: bool,
+    seccomp: bool = False,
+) -> oci_pb2.Spec:
+    """Build what CreateContainer carries.
+
+    `sources` gives the guest's path for each mount that `shared_mounts` named.
+
+    Raises:
+        InvalidArgument: naming the part of config.json that can't be used.
+    """
+    spec = bundle.spec
+    edited: JsonObject = {
+        "ociVersion": spec.get("ociVersion", ""),
+        "process": guest_process(bundle.process, terminal=terminal),
+        "root": {"path": str(guest_root), "readonly": bool(spec["root"].get("readonly"))},
+        "hostname": spec.get("hostname") or "",
+        "mounts": _guest_mounts(spec, sources),
+        "annotations": _guest_annotations(bundle),
+        "linux": _guest_linux(bundle, seccomp=seccomp),
+    }
+    return message_from_json(oci_pb2.Spec, edited, "config.json")
+
+
+def guest_process(process: JsonObject, *, terminal: bool) -> JsonObject:
+    """An OCI process as the guest runs it: the caller's word on the terminal, no host labels.
+
+    Capabilities, rlimits and no-new-privileges stay as they are.
+    """
+    edited = copy(process)
+    edited["terminal"] = terminal
+    # The guest has neither AppArmor profiles nor SELinux policy of the host.
+    edited.pop("apparmorProfile", None)
+    edited.pop("selinuxLabel", None)
+    return edited
+
+
+def guest_process_message(process: JsonObject, *, terminal: bool) -> oci_pb2.Process:
+    """The process of an exec as ExecProcess carries it.
+
+    Raises:
+        InvalidArgument: naming the field.
+    """
+    edited = guest_process(process, terminal=terminal)
+    return message_from_json(oci_pb2.Process, edited, "process")
+
+
+def guest_resources(resources: JsonObject) -> JsonObject:
+    """Linux resources that mean something in the guest.
+
+    Host CPU numbers, NUMA nodes, device numbers and network classes don't; block devices of the
+    host don't exist there.
+    """
+    edited = {
+        key: value
+        for key, value in resources.items()
+        if key in ("memory", "pids", "hugepageLimits") and value is not None
+    }
+    cpu = resources.get("cpu")
+    if isinstance(cpu, dict):
+        edited["cpu"] = {k: v for k, v in cpu.items() if k not in ("cpus", "mems")}
+    if _allows_all_devices(resources):
+        edited["devices"] = [{"allow": True, "access": "rwm"}]
+    return edited
+
+
+def shares_sandbox_pid_namespace(spec: JsonObject) -> bool:
+    """Whether the container joins its pod's pid namespace instead of having its own."""
+    return any(
+        namespace.get("type") == "pid" and namespace.get("path")
+        for namespace in (spec.get("linux") or {}).get("namespaces") or []
+    )
+
+
+def sandbox_hostname(bundle: Bundle) -> str:
+    """The name the VM gets."""
+    return str(bundle.spec.get("hostname") or bundle.sandbox_id)[:_HOSTNAME_MAX]
+
+
+def _is_bind(mount: JsonObject) -> bool:
+    options = _options(mount)
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def _options(mount: JsonObject) -> list[str]:
+    return list(mount.get("options") or [])
+
+
+def _uses_guest_source(mount: JsonObject) -> bool:
+    """A bind whose source exists in every Linux: the guest's own is bound, not the host's."""
+    if mount["destination"] == "/dev/shm":
+        return True
+    source = str(mount.get("source", ""))
+    return any(
+        source == directory or source.startswith(directory + "/")
+        for directory in _HOST_SYSTEM_DIRECTORIES
+    )
+
+
+def _check_guest_filesystem(mount: JsonObject) -> None:
+    kind = mount.get("type") or "none"
+    if kind not in _GUEST_FILESYSTEMS:
+        raise InvalidArgument(
+            f"mount {mount['destination']}: filesystem type {kind!r} cannot be mounted in the VM; "
+            "mount it on the host and bind it",
+        )
+
+
+def _guest_mounts(spec: JsonObject, sources: Mapping[int, PurePosixPath]) -> list[JsonObject]:
+    mounts = []
+    for index, mount in enumerate(spec.get("mounts") or []):
+        edited = {key: mount[key] for key in ("destination", "source", "type") if mount.get(key)}
+        edited["options"] = _options(mount)
+        if index in sources:
+            edited["source"] = str(sources[index])
+            edited["type"] = "bind"
+        elif mount["destination"] == "/dev/shm" and _is_bind(mount):
+            edited["source"] = str(GUEST_SHM)
+            edited["type"] = "bind"
+        mounts.append(edited)
+    return mounts
+
+
+def _guest_annotations(bundle: Bundle) -> dict[str, str]:
+    kept = {
+        str(key): str(value)
+        for key, value in bundle.annotations.items()
+        # Initdata is consumed by the host and can be megabytes.
+        if not str(key).endswith("cc_init_data")
+    }
+    kept[_TYPE_ANNOTATION] = _AGENT_KINDS[bundle.kind]
+    return kept
+
+
+def _guest_linux(bundle: Bundle, *, seccomp: bool) -> JsonObject:
+    linux = bundle.spec.get("linux") or {}
+    edited = {
+        key: linux[key]
+        for key in (
+            "uidMappings",
+            "gidMappings",
+            "sysctl",
+            "rootfsPropagation",
+            "maskedPaths",
+            "readonlyPaths",
+        )
+        if linux.get(key) is not None
+    }
+    edited["cgroupsPath"] = f"/{bundle.container_id}"
+    edited["namespaces"] = _guest_namespaces(linux)
+    edited["devices"] = _guest_devices(linux)
+    edited["resources"] = guest_resources(linux.get("resources") or {})
+    if seccomp and linux.get("seccomp"):
+        edited["seccomp"] = linux["seccomp"]
+    return edited
+
+
+def _guest_namespaces(linux: JsonObject) -> list[JsonObject]:
+    # A path names a namespace of the host; in the guest the sandbox has one of each to share.
+    return [
+        {"type": namespace["type"], "path": ""}
+        for namespace in linux.get("namespaces") or []
+        if namespace.get("type") in _KEPT_NAMESPACES
+    ]
+
+
+def _guest_devices(linux: JsonObject) -> list[JsonObject]:
+    kept = []
+    for device in linux.get("devices") or []:
+        number = (device.get("major"), device.get("minor"))
+        if device.get("type") not in ("c", "u") or number not in _GUEST_DEVICES:
+            raise InvalidArgument(
+                f"device {device.get('path')} ({device.get('type')} {number[0]}:{number[1]}) is "
+                "the host's and cannot be given to a VM; for privileged containers set "
+                "privileged_without_host_devices = true in containerd's runtime table",
+            )
+        kept.append(device)
+    return kept
+
+
+def _allows_all_devices(resources: JsonObject) -> bool:
+    allowed = False
+    for rule in resources.get("devices") or []:
+        is_general = rule.get("type") in (None, "", "a") and rule.get("major") in (None, -1)
+        if is_general and "rwm" in str(rule.get("access", "rwm")):
+            allowed = bool(rule.get("allow"))
+    return allowed

@@ -1,0 +1,73 @@
+"""The configuration -> what one machine is made of. Pure, apart from the host's own size."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from shimv2.config import RuntimeConfig
+
+_MIB: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachinePlan:
+    """What the configuration says about the machine and its agent."""
+
+    binary: Path
+    kernel: Path
+    initrd: Path | None
+    kernel_params: str
+    vcpus: int
+    max_vcpus: int
+    memory_mib: int
+    max_memory_mib: int
+    machine_type: str
+    accelerator: str
+    virtiofsd: Path
+    virtiofsd_cache: str
+    vsock_device: Path
+    boot_deadline_s: float
+    readiness: str  # push: the agent reports; dial: it must be dialled; auto: whichever comes
+    agent_port: int
+    ready_port: int
+    hotplug_ports: int
+
+
+def host_memory_mib() -> int:
+    """All of the host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB
+
+
+def plan_machine(config: RuntimeConfig) -> MachinePlan:
+    """Fill in what the configuration leaves to the host's size."""
+    hypervisor = config.hypervisor
+    cpus = os.cpu_count() or 1
+    wanted = hypervisor.default_vcpus
+    vcpus = cpus if wanted < 0 else max(1, math.ceil(wanted))
+    max_vcpus = hypervisor.default_maxvcpus or cpus
+    max_memory = hypervisor.default_maxmemory_mib or host_memory_mib()
+    return MachinePlan(
+        binary=hypervisor.path,
+        kernel=hypervisor.kernel,
+        initrd=hypervisor.initrd,
+        kernel_params=hypervisor.kernel_params,
+        vcpus=vcpus,
+        max_vcpus=max(vcpus, max_vcpus),
+        memory_mib=hypervisor.default_memory_mib,
+        max_memory_mib=max(hypervisor.default_memory_mib, max_memory),
+        machine_type=hypervisor.machine_type,
+        accelerator=hypervisor.accelerator,
+        virtiofsd=hypervisor.virtio_fs_daemon,
+        virtiofsd_cache=hypervisor.virtio_fs_cache,
+        vsock_device=hypervisor.vsock_daemon,
+        boot_deadline_s=config.agent.dial_timeout_s,
+        readiness=config.agent.readiness,
+        agent_port=config.agent.server_port,
+        ready_port=config.agent.ready_port,
+        hotplug_ports=hypervisor.hotplug_ports,
+    )

@@ -1,0 +1,96 @@
+"""Copies between a process's streams in the guest and its stdio on the host.
+
+One job a process, three loops. At most one chunk of a stream is under way, which is all the
+flow control there is: a reader that stalls stalls its stream and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from agent_proto.errors import AgentError
+from shimv2.stdio_fifo import CHUNK_BYTES, Sink, StdinFifo
+
+if TYPE_CHECKING:
+    from shimv2.stdio import Stdio, StdioPlan
+
+
+class GuestStreams(Protocol):
+    """The agent's stdio calls, bound to one process."""
+
+    async def read_stdout(self, max_bytes: int) -> bytes: ...
+    async def read_stderr(self, max_bytes: int) -> bytes: ...
+    async def write_stdin(self, data: bytes) -> int: ...
+    async def close_stdin(self) -> None: ...
+
+
+class Relay:
+    """Moves one process's bytes until its outputs have ended, then closes its stdio."""
+
+    def __init__(self, plan: StdioPlan, stdio: Stdio, guest: GuestStreams) -> None:
+        self._plan = plan
+        self._stdio = stdio
+        self._guest = guest
+        self._scope = trio.CancelScope()
+        self.outputs_ended = trio.Event()
+        self.finished = trio.Event()
+
+    async def run(self) -> None:
+        """Copy until the guest's outputs end or `abandon` is called. Raises nothing of its own."""
+        try:
+            with self._scope:
+                await self._copy()
+        finally:
+            self.outputs_ended.set()
+            self._stdio.close()
+            # Bounded by the logger's own graces: its last lines would be lost otherwise.
+            with trio.move_on_after(15, shield=True):
+                await self._stdio.aclose()
+            self.finished.set()
+
+    def abandon(self) -> None:
+        """Stop copying now; what has not been copied is lost."""
+        self._scope.cancel()
+
+    def finish_input(self) -> None:
+        """The client will write no more."""
+        if self._stdio.stdin is not None:
+            self._stdio.stdin.finish()
+
+    async def _copy(self) -> None:
+        async with trio.open_nursery() as inputs:
+            inputs.start_soon(self._copy_input)
+            async with trio.open_nursery() as outputs:
+                outputs.start_soon(_copy_output, self._guest.read_stdout, self._stdio.stdout)
+                if not self._plan.terminal:
+                    outputs.start_soon(_copy_output, self._guest.read_stderr, self._stdio.stderr)
+            inputs.cancel_scope.cancel()
+
+    async def _copy_input(self) -> None:
+        with contextlib.suppress(AgentError):
+            if self._stdio.stdin is not None:
+                await self._pump_input(self._stdio.stdin)
+                await self._guest.close_stdin()
+            elif not self._plan.terminal:
+                # No stdin reads as /dev/null does: at its end.
+                await self._guest.close_stdin()
+
+    async def _pump_input(self, stdin: StdinFifo) -> None:
+        while data := await stdin.read():
+            while data:
+                taken = await self._guest.write_stdin(data)
+                if taken <= 0:
+                    return
+                data = data[taken:]
+
+
+async def _copy_output(read: Callable[[int], Awaitable[bytes]], sink: Sink | None) -> None:
+    # Without a sink the output is read and dropped: unread, it would stop the process.
+    with contextlib.suppress(AgentError, trio.ClosedResourceError):
+        while data := await read(CHUNK_BYTES):
+            if sink is not None:
+                await sink.write(data)

@@ -1,0 +1,613 @@
+"""A sandbox: one virtual machine and the containers in it. One per shim.
+
+    (empty) ──create──> booting ──> up ──> ended (the VM or a part of it died, or its init left)
+                           └──rollback──> (empty)
+
+The first container boots the VM, inside of its Create: whatever ends that request early (deadline,
+Kill, a client that leaves, a part that dies) undoes it all. The VM lives as long as the sandbox:
+until the container that it was made for ends, or the shim is shut down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import trio
+
+from agent_proto.errors import AgentError, AgentStatus, AgentUnreachable
+from agent_proto.pb import agent_pb2
+from hypervisors.errors import PreconditionFailed
+from shimv2.boot import Machine, Machinery
+from shimv2.bundle import Bundle, ContainerKind
+from shimv2.container import Container
+from shimv2.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ShimError,
+    Unavailable,
+    Unimplemented,
+    representative,
+    status_from,
+)
+from shimv2.failure import FailureReport, SandboxFailed
+from shimv2.guest_spec import (
+    GUEST_SHM,
+    SHARED_DIRECTORY,
+    guest_spec,
+    sandbox_hostname,
+    shares_sandbox_pid_namespace,
+)
+from shimv2.journal import Journal
+from shimv2.lifecycle import Operation, State
+from shimv2.logger import start_logger
+from shimv2.machine_plan import plan_machine
+from shimv2.process import ProcessExit, exit_now
+from shimv2.rootfs import SHARE_TAG, GuestPaths, MountCalls, Share, sandbox_dns
+from shimv2.timeline import Timeline
+
+if TYPE_CHECKING:
+    from agent_proto.client import AgentClient
+    from hypervisors.child import ChildRecord
+    from shimv2.bootstrap import ShimInvocation
+    from shimv2.config import RuntimeConfig
+    from shimv2.mounts import RootfsMount
+    from shimv2.state_dir import StateDir
+    from shimv2.stdio import Logger, LoggerCommand, StdioPlan
+    from shimv2.task_events import TaskEvents
+
+EXPLAIN_DEADLINE_S: Final = 1.0
+REMOVE_DEADLINE_S: Final = 10
+SETTLE_DEADLINE_S: Final = 2.0  # containerd gives a Shutdown 3 s
+_OOM_FIRST_PAUSE_S: Final = 0.1
+_OOM_LONGEST_PAUSE_S: Final = 5.0
+
+
+class Log(Protocol):
+    """Structured events: a short constant name, values in fields."""
+
+    def info(self, event: str, **fields: object) -> None: ...
+    def warning(self, event: str, **fields: object) -> None: ...
+    def error(self, event: str, **fields: object) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a sandbox is built from; tests put fakes here."""
+
+    machinery: Callable[[RuntimeConfig], Machinery]
+    load_config: Callable[[str | None, dict[str, str]], RuntimeConfig]
+    mounts: MountCalls
+    reports_root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Creation:
+    """A request to create a container, understood."""
+
+    bundle: Bundle
+    stdio: StdioPlan
+    rootfs: Sequence[RootfsMount]
+    config_path: str | None
+    limit_s: float  # what the client waits; inf when it didn't say
+
+
+class Sandbox:
+    """The one writer of what a shim runs. `run` must be going for anything else to work."""
+
+    def __init__(
+        self,
+        invocation: ShimInvocation,
+        state_dir: StateDir,
+        events: TaskEvents,
+        log: Log,
+        parts: Parts,
+    ) -> None:
+        self.events = events
+        self.timeline = Timeline()
+        self.containers: dict[str, Container] = {}
+        self.ended = trio.Event()
+        self._reason = ""
+        self._invocation = invocation
+        self._state_dir = state_dir
+        self._log = log
+        self._parts = parts
+        self._jobs: trio.Nursery | None = None
+        self._machine: Machine | None = None
+        self._journal: Journal | None = None
+        self._share: Share | None = None
+        self._config: RuntimeConfig | None = None
+        self._is_up = trio.Event()
+        self._closing = trio.Lock()  # guards the one teardown; the second caller finds it done
+        self._is_watching_oom = False
+        self._post_mortem: FailureReport | None = None  # of a creation that was cut short
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hold the sandbox's jobs until cancelled; then nothing is left of it."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._jobs = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            # Bounded part by part; what hangs longer stays in the journal for `delete`.
+            with trio.CancelScope(shield=True):
+                await self._take_down("the shim is shutting down")
+
+    async def stop(self, reason: str) -> None:
+        """End everything, as when the VM dies."""
+        self.fail(reason)
+        await self._take_down(reason)
+
+    async def settled(self) -> None:
+        """Wait, within containerd's patience, for a creation that is being undone."""
+        with trio.move_on_after(SETTLE_DEADLINE_S):
+            for container in list(self.containers.values()):
+                if container.creation is not None and container.creation.cancel_called:
+                    await container.init.exited.wait()
+
+    # --- What containers ask of their host ---
+
+    @property
+    def agent(self) -> AgentClient:
+        """The agent, while there is one."""
+        if self.ended.is_set():
+            raise Unavailable(self._reason)
+        if self._machine is None or self._machine.agent is None:
+            raise FailedPrecondition(f"sandbox {self._invocation.sandbox_id} has no VM")
+        return self._machine.agent
+
+    @property
+    def keeps_output(self) -> bool:
+        return self._machine is not None and self._machine.keeps_output
+
+    @property
+    def reported_pid(self) -> int:
+        """The VMM's pid stands for every process: the guest's have none on the host."""
+        return self._machine.pid if self._machine is not None else 0
+
+    async def explain(self) -> str:
+        """Why the sandbox has ended; waits a moment for whoever finds out."""
+        with trio.move_on_after(EXPLAIN_DEADLINE_S):
+            await self.ended.wait()
+        return self._reason or "the agent in the guest does not answer"
+
+    def fail(self, reason: str) -> None:
+        """The VM can't go on: end every process with the reason, then take the rest down."""
+        if self.ended.is_set():
+            return
+        self._reason = reason
+        self.ended.set()
+        living = [c for c in self.containers.values() if c.init.exit is None]
+        self._log.error("sandbox failed", sandbox_id=self._invocation.sandbox_id, reason=reason)
+        for container in self.containers.values():
+            container.end_all(reason)
+        for container in living:
+            if container.creation is not None:
+                container.creation.cancel()
+        self.start_job(self._stop_machine)
+
+    def init_exited(self, container: Container) -> None:
+        """The container that the VM was made for has ended: so does the VM, once it is quiet."""
+        self._report_timeline()
+        if container.bundle.kind is not ContainerKind.MEMBER:
+            self.start_job(self._end_with, container)
+
+    def start_job(self, job: Callable[..., Awaitable[Any]], *args: object) -> None:
+        """Run something for as long as it takes, beside the requests.
+
+        A defect in it ends this sandbox with its text, not the shim.
+        """
+        assert self._jobs is not None
+        self._jobs.start_soon(self._guarded, job, args)
+
+    async def start_logger(self, command: LoggerCommand, container_id: str) -> Logger:
+        """Start a `binary://` logger under the journal."""
+        return await start_logger(
+            command,
+            container_id=container_id,
+            namespace=self._invocation.namespace,
+            record=self._record_logger,
+        )
+
+    # --- Containers ---
+
+    def container(self, container_id: str) -> Container:
+        """The container a request names.
+
+        Raises:
+            NotFound: there is none.
+        """
+        try:
+            return self.containers[container_id]
+        except KeyError:
+            raise NotFound(f"container {container_id} not found") from None
+
+    async def create(self, creation: Creation) -> Container:
+        """Create a container, and for the sandbox's first the VM. Undone whole if it fails.
+
+        Raises:
+            ShimError: with phase, time and what the guest last said.
+        """
+        bundle = creation.bundle
+        if bundle.container_id in self.containers:
+            raise AlreadyExists(f"container {bundle.container_id} already exists")
+        container = Container(bundle, creation.stdio, self)
+        self.containers[container.id] = container
+        try:
+            limit_s = min(
+                creation.limit_s, self._configure(creation).agent.create_container_timeout_s
+            )
+            with trio.move_on_after(limit_s) as scope:
+                container.creation = scope
+                await self._create(container, creation)
+            if scope.cancelled_caught:
+                raise self._cut_short(container, creation)
+        except BaseException:
+            self.containers.pop(container.id, None)
+            container.init.vanish()
+            container.init.settle(exit_now(0))
+            raise
+        container.creation = None
+        return container
+
+    async def start(self, container: Container, exec_id: str) -> None:
+        """Start a process to the end, even if the client that asked for it leaves."""
+        await self._finish(container.start, exec_id)
+        if not self._is_watching_oom:
+            self._is_watching_oom = True
+            self.start_job(self._watch_oom)
+
+    async def delete(self, container: Container, exec_id: str) -> ProcessExit:
+        """Delete a process; with the init process, its container."""
+        process = container.process(exec_id)
+        if exec_id:
+            ended: ProcessExit = await self._finish(container.delete_exec, process)
+            return ended
+        await process.admit(Operation.DELETE)
+        never_ran = process.state is State.CREATED
+        process.become(State.DELETING)
+        ended = await self._finish(self._delete, container, never_ran)
+        return ended
+
+    # --- Creation ---
+
+    def _configure(self, creation: Creation) -> RuntimeConfig:
+        """The sandbox's configuration, read at its first container."""
+        if self._config is None:
+            config = self._parts.load_config(creation.config_path, creation.bundle.annotations)
+            for warning in config.warnings:
+                self._log.warning("configuration", text=warning)
+            self._config = config
+        return self._config
+
+    async def _create(self, container: Container, creation: Creation) -> None:
+        if self.ended.is_set():
+            raise Unavailable(self._reason)
+        if creation.bundle.kind is ContainerKind.MEMBER:
+            await self._join(container, creation)
+        elif self._machine is not None:
+            raise FailedPrecondition(
+                f"sandbox {self._invocation.sandbox_id} has its VM already; "
+                f"container {container.id} is of kind {creation.bundle.kind.value!r}"
+            )
+        else:
+            await self._found(container, creation)
+
+    async def _found(self, container: Container, creation: Creation) -> None:
+        """Boot the VM, and prepare the container meanwhile."""
+        timeline = self.timeline = Timeline()
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._take_down_shielded)
+            machine = self._new_machine(self._configure(creation))
+            timeline.enter("preparing the container's root filesystem")
+            prepared: list[GuestPaths] = []
+
+            async def prepare() -> None:
+                await container.open_stdio(container.init)
+                prepared.append(self._add_to_share(container, creation))
+                timeline.mark("rootfs")
+
+            undo.push_async_callback(self._close_stdio, container)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(prepare)
+                    await machine.boot()
+                timeline.enter("setting up the sandbox in the guest")
+                await self._create_sandbox(container.bundle)
+                timeline.mark("sandbox")
+                timeline.enter("creating the container in the guest")
+                await self._create_in_guest(container, prepared[0])
+            except Exception as exc:
+                raise self._explained(exc) from exc
+            except trio.Cancelled:
+                self._post_mortem = self._report("it was given up")
+                raise
+            timeline.mark("created")
+            undo.pop_all()
+        self._is_up.set()
+
+    async def _join(self, container: Container, creation: Creation) -> None:
+        """Add a container to the VM that is there, or is about to be."""
+        if self._machine is None:
+            raise FailedPrecondition(
+                f"container {container.id} belongs to sandbox {creation.bundle.sandbox_id}, "
+                "which has no VM"
+            )
+        await self._is_up.wait()
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._close_stdio, container)
+            await container.open_stdio(container.init)
+            undo.callback(self._remove_from_share, container)
+            paths = self._add_to_share(container, creation)
+            undo.push_async_callback(self._remove_in_guest, container)
+            await self._create_in_guest(container, paths)
+            undo.pop_all()
+
+    def _new_machine(self, config: RuntimeConfig) -> Machine:
+        assert self._jobs is not None
+        self._state_dir.create()
+        self._journal = Journal.open(
+            self._state_dir.journal,
+            namespace=self._invocation.namespace,
+            sandbox_id=self._invocation.sandbox_id,
+        )
+        self._share = Share(self._state_dir.directory, self._journal, self._parts.mounts)
+        self._share.prepare()
+        self._machine = Machine(
+            self._invocation.sandbox_id,
+            plan_machine(config),
+            self._parts.machinery(config),
+            state=self._state_dir.directory,
+            share=self._share.path,
+            journal=self._journal,
+            jobs=self._jobs,
+            timeline=self.timeline,
+            on_death=self.fail,
+        )
+        return self._machine
+
+    def _add_to_share(self, container: Container, creation: Creation) -> GuestPaths:
+        assert self._share is not None
+        return self._share.add(container.bundle, creation.rootfs)
+
+    async def _create_sandbox(self, bundle: Bundle) -> None:
+        storages = [
+            agent_pb2.Storage(
+                driver="virtio-fs",
+                source=SHARE_TAG,
+                fstype="virtiofs",
+                mount_point=f"{SHARED_DIRECTORY}/",
+            )
+        ]
+        if bundle.kind is ContainerKind.SANDBOX:
+            # The pod's /dev/shm, one for all its containers.
+            storages.append(
+                agent_pb2.Storage(
+                    driver="ephemeral",
+                    source="shm",
+                    fstype="tmpfs",
+                    options=["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"],
+                    mount_point=str(GUEST_SHM),
+                )
+            )
+        await self.agent.create_sandbox(
+            agent_pb2.CreateSandboxRequest(
+                hostname=sandbox_hostname(bundle),
+                dns=sandbox_dns(bundle),
+                storages=storages,
+                sandbox_id=bundle.sandbox_id,
+            )
+        )
+
+    async def _create_in_guest(self, container: Container, paths: GuestPaths) -> None:
+        assert self._config is not None
+        bundle = container.bundle
+        request = agent_pb2.CreateContainerRequest(
+            container_id=container.id,
+            exec_id=container.id,
+            OCI=guest_spec(
+                bundle,
+                guest_root=paths.root,
+                sources=paths.sources,
+                terminal=container.init.plan.terminal,
+                seccomp=not self._config.runtime.disable_guest_seccomp,
+            ),
+            sandbox_pidns=shares_sandbox_pid_namespace(bundle.spec),
+        )
+        await container.create_in_guest(request)
+
+    def _explained(self, error: Exception) -> Exception:
+        """The error as a user can act on it: a mistake of theirs as it is, else a whole report."""
+        cause = representative(error)
+        if isinstance(cause, PreconditionFailed):
+            return FailedPrecondition(str(cause))
+        if isinstance(cause, (InvalidArgument, NotFound, FailedPrecondition, Unimplemented)):
+            return cause
+        report = self._report(self._reason or str(cause) or type(cause).__name__)
+        report.save(self._parts.reports_root)
+        return SandboxFailed(report, int(status_from(cause)[0]))
+
+    def _report(self, error: str) -> FailureReport:
+        machine = self._machine
+        vm_exit = machine.vm_exit if machine is not None else None
+        limit_s = self._config.agent.create_container_timeout_s if self._config else None
+        return FailureReport(
+            sandbox_id=self._invocation.sandbox_id,
+            phase=self.timeline.phase,
+            error=error,
+            elapsed_s=self.timeline.elapsed_s(),
+            deadline_s=limit_s,
+            vm_exit=vm_exit.reason if vm_exit is not None else "",
+            console_tail=machine.console_tail() if machine is not None else (),
+        )
+
+    def _cut_short(self, container: Container, creation: Creation) -> ShimError:
+        if container.kill_requested is not None:
+            return Unavailable(
+                f"container {container.id} was killed by signal {container.kill_requested} "
+                f"while {self.timeline.phase}"
+            )
+        if self._post_mortem is None:
+            return DeadlineExceeded(
+                f"container {container.id} was not created within its deadline, while "
+                f"{self.timeline.phase}"
+            )
+        text = "the deadline passed"
+        report = replace(self._post_mortem, error=text, deadline_s=creation.limit_s)
+        report.save(self._parts.reports_root)
+        return SandboxFailed(report, DeadlineExceeded.code)
+
+    # --- The end of things ---
+
+    async def _delete(self, container: Container, never_ran: bool) -> ProcessExit:
+        owns_machine = container.bundle.kind is not ContainerKind.MEMBER
+        process = container.init
+        if never_ran:
+            process.settle(exit_now(0))
+        ended = process.exit
+        assert ended is not None
+        await container.close()
+        if owns_machine:
+            await self._take_down(f"container {container.id} was deleted")
+        else:
+            await self._remove_in_guest(container)
+            self._remove_from_share(container)
+        self.events.deleted(container, ended)
+        self.containers.pop(container.id, None)
+        process.vanish()
+        return ended
+
+    async def _end_with(self, container: Container) -> None:
+        relay = container.init.relay
+        if relay is not None:
+            await relay.finished.wait()
+        await self._take_down(f"container {container.id} ended")
+
+    async def _remove_in_guest(self, container: Container) -> None:
+        if self._machine is None or self.ended.is_set():
+            return
+        with trio.move_on_after(REMOVE_DEADLINE_S, shield=True):
+            try:
+                await self.agent.remove_container(container.id)
+            except (AgentError, ShimError) as exc:
+                self._log.warning("remove container", container_id=container.id, error=str(exc))
+
+    def _remove_from_share(self, container: Container) -> None:
+        if self._share is not None:
+            for problem in self._share.remove(container.id):
+                self._log.warning("cleanup", container_id=container.id, problem=problem)
+
+    async def _close_stdio(self, container: Container) -> None:
+        with trio.CancelScope(shield=True):  # bounded by a logger's graces
+            await container.init.drain()
+
+    async def _stop_machine(self) -> None:
+        if self._machine is not None:
+            await self._machine.aclose()
+
+    async def _take_down_shielded(self) -> None:
+        with trio.CancelScope(shield=True):  # every step of it has a bound of its own
+            await self._take_down("the sandbox could not be created")
+        # Nothing is left of the attempt; another may follow.
+        self._machine = None
+        self._config = None
+        self.ended = trio.Event()
+        self._reason = ""
+
+    async def _take_down(self, reason: str) -> None:
+        """Kill the VM and give everything back. Idempotent; concurrent callers wait for it."""
+        if not self.ended.is_set():
+            self._reason = reason
+            self.ended.set()
+            for container in self.containers.values():
+                container.end_all(reason)
+        async with self._closing:
+            await self._stop_machine()
+            if self._journal is None:
+                return
+            journal, self._journal = self._journal, None
+            for problem in journal.undo():
+                self._log.warning("cleanup", problem=problem)
+            left = [entry for entry in journal.held if entry.kind == "process"]
+            journal.close()
+            if not left:
+                for problem in self._state_dir.remove():
+                    self._log.warning("cleanup", problem=problem)
+
+    # --- Jobs ---
+
+    async def _guarded(self, job: Callable[..., Awaitable[Any]], args: tuple[object, ...]) -> None:
+        try:
+            await job(*args)
+        except Exception as exc:  # the boundary between a job and the shim
+            cause = representative(exc)
+            self._log.error(
+                "job failed", job=getattr(job, "__qualname__", str(job)), error=repr(cause)
+            )
+            self.fail(f"internal error in the shim: {cause!r}")
+
+    async def _finish(self, job: Callable[..., Awaitable[Any]], *args: object) -> Any:  # noqa: ANN401
+        """Run `job` to its end even if the caller is cancelled; return or raise its outcome."""
+        done = trio.Event()
+        outcome: list[Any] = []
+
+        async def run() -> None:
+            try:
+                outcome.append((await job(*args), None))
+            except Exception as exc:  # handed to the caller
+                outcome.append((None, exc))
+            finally:
+                done.set()
+
+        assert self._jobs is not None
+        self._jobs.start_soon(run)
+        await done.wait()
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    async def _watch_oom(self) -> None:
+        """Turn the guest's OOM kills into events: of containers of this sandbox, once each."""
+        pause_s = _OOM_FIRST_PAUSE_S
+        while not self.ended.is_set():
+            try:
+                container_id = await self.agent.get_oom_event()
+            except (AgentUnreachable, Unavailable):
+                return
+            except AgentStatus as exc:
+                if exc.code in (12, 5):  # Unimplemented, NotFound: this agent has no such events
+                    return
+                container_id = ""
+            except AgentError:
+                container_id = ""
+            container = self.containers.get(container_id)
+            if container is not None and not container.has_oom:
+                container.has_oom = True
+                self.events.oom(container)
+                pause_s = _OOM_FIRST_PAUSE_S
+                continue
+            # An answer that names nobody, or somebody again: a hostile guest could repeat it.
+            await trio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _OOM_LONGEST_PAUSE_S)
+
+    def _record_logger(self, record: ChildRecord) -> None:
+        assert self._journal is not None
+        self._journal.take(
+            "process", name=record.name, pid=record.pid, start_time=record.start_time
+        )
+
+    def _report_timeline(self) -> None:
+        if not self.timeline.is_reported:
+            self.timeline.is_reported = True
+            self._log.info(
+                "sandbox timeline",
+                sandbox_id=self._invocation.sandbox_id,
+                **self.timeline.as_ms(),
+            )
