@@ -166,6 +166,7 @@ class Capabilities:
     block_hotplug: bool
     net_hotplug: bool
     vcpu_hotplug: bool
+    vcpu_unplug: bool
     memory_hotplug: bool
     pause: bool
     panic_event: bool

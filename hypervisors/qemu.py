@@ -58,6 +58,7 @@ class Qemu:
             block_hotplug=ports,
             net_hotplug=ports,
             vcpu_hotplug=spec.max_vcpus > spec.vcpus,
+            vcpu_unplug=spec.accelerator != "tcg" and accel.kvm_problem() is None,
             memory_hotplug=spec.max_memory_mib > spec.memory_mib,
             pause=True,
             panic_event=True,

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from . import qemu_argv, spec_check
-from .errors import CommandRejected, ControlError, DetachRefused, PreconditionFailed, Unsupported
+from .errors import ControlError, PreconditionFailed, Unsupported
 from .machine import BlockDevice, NetDevice
+from .qemu_removal import Removals
 from .qemu_resize import QemuResize
 
 if TYPE_CHECKING:
@@ -24,71 +25,7 @@ if TYPE_CHECKING:
     from .qmp_client import QmpClient
     from .qmp_protocol import JsonValue, Notification
 
-# A guest takes 0.1 s to let go of an idle disk (measured under TCG); a busy one needs a while.
-DETACH_DEADLINE_S: Final = 5.0
 UNDO_DEADLINE_S: Final = 2.0
-
-
-class Removals:
-    """Asks the guest for devices back and remembers its answers.
-
-    A device with a backend object in it announces that object's removal too, without an id; only
-    the event that carries the device's own id counts.
-    """
-
-    def __init__(self, qmp: QmpClient) -> None:
-        self._qmp = qmp
-        self._asked: set[str] = set()
-        self._gone: set[str] = set()
-        self._answers: dict[str, trio.Event] = {}
-        self._refusals: dict[str, str] = {}
-
-    async def remove(self, device_id: str, deadline_s: float = DETACH_DEADLINE_S) -> None:
-        """Return when `device_id` has left the machine.
-
-        Raises:
-            DetachRefused: the guest said no or nothing; may be called again.
-        """
-        answer = self._answers[device_id] = trio.Event()
-        self._refusals.pop(device_id, None)
-        try:
-            if device_id not in self._gone:
-                await self._request(device_id)
-                with trio.move_on_after(deadline_s):
-                    await answer.wait()
-        finally:
-            del self._answers[device_id]
-        if device_id not in self._gone:
-            why = self._refusals.get(device_id, f"no answer within {deadline_s:g} s")
-            raise DetachRefused(device_id, why)
-        self._gone.discard(device_id)
-        self._asked.discard(device_id)
-
-    def on_notification(self, notification: Notification) -> None:
-        """Take an event; others than unplug answers are ignored."""
-        match notification.name, notification.data:
-            case "DEVICE_DELETED", {"device": str(device_id)}:
-                # Noted even when nobody waits: the guest may answer after the deadline.
-                if device_id in self._asked:
-                    self._gone.add(device_id)
-            case "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR", {"device": str(device_id)}:
-                self._refusals[device_id] = str(notification.data.get("msg", "the guest refused"))
-                self._asked.discard(device_id)
-            case _:
-                return
-        if device_id in self._answers:
-            self._answers[device_id].set()
-
-    async def _request(self, device_id: str) -> None:
-        again = device_id in self._asked
-        self._asked.add(device_id)
-        try:
-            await self._qmp.execute("device_del", {"id": device_id})
-        except CommandRejected:
-            # An unplug that is under way is refused a second time; its answer may still come.
-            if not again:
-                self._asked.discard(device_id)
-                raise
 
 
 @dataclass(slots=True)
@@ -102,14 +39,18 @@ class QemuDevices:
     """What is plugged into one machine, and how to change it."""
 
     def __init__(
-        self, spec: MachineSpec, qmp: QmpClient, addresses: Mapping[str, GuestAddress]
+        self,
+        spec: MachineSpec,
+        accelerator: str,
+        qmp: QmpClient,
+        addresses: Mapping[str, GuestAddress],
     ) -> None:
         self.addresses: dict[str, GuestAddress] = dict(addresses)
         self._qmp = qmp
         self._ports = spec.hotplug_ports
         self._plugged: dict[str, _Plugged] = {}
         self._removals = Removals(qmp)
-        self._resize = QemuResize(spec, qmp, self._removals)
+        self._resize = QemuResize(spec, accelerator, qmp, self._removals)
         # Guards `_plugged` and the ports across the commands of one change.
         self._lock = trio.Lock()
 

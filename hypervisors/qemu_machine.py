@@ -57,7 +57,7 @@ class QemuMachine:
         self._child = child
         self._qmp = QmpClient(qmp, self._on_notification)
         self._console_socket = console
-        self._devices = QemuDevices(spec, self._qmp, addresses)
+        self._devices = QemuDevices(spec, accelerator, self._qmp, addresses)
         self._facts = EndFacts()
         self._ending = trio.Event()
         self._exited = trio.Event()

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final, cast
 
 from . import qemu_argv
 from .errors import CommandRejected, DetachRefused, Unsupported
+from .qemu_removal import PERIPHERAL
 
 if TYPE_CHECKING:
     from .machine import MachineSpec
-    from .qemu_devices import Removals
+    from .qemu_removal import Removals
     from .qmp_client import QmpClient
     from .qmp_protocol import JsonValue
 
-PERIPHERAL: Final = "/machine/peripheral/"
 CPU_PREFIX: Final = "cpu-"
 DIMM_PREFIX: Final = "dimm"
 # The order in which vCPUs are added: by their place in the topology.
@@ -27,8 +27,11 @@ CPU_PLACES: Final = ("node-id", "socket-id", "die-id", "core-id", "thread-id")
 class QemuResize:
     """vCPU and memory hot-plug of one machine; the caller serialises."""
 
-    def __init__(self, spec: MachineSpec, qmp: QmpClient, removals: Removals) -> None:
+    def __init__(
+        self, spec: MachineSpec, accelerator: str, qmp: QmpClient, removals: Removals
+    ) -> None:
         self._spec = spec
+        self._accelerator = accelerator
         self._qmp = qmp
         self._removals = removals
 
@@ -46,6 +49,10 @@ class QemuResize:
             props = cast("dict[str, JsonValue]", slot["props"])
             name = CPU_PREFIX + "-".join(str(props[key]) for key in CPU_PLACES if key in props)
             await self._qmp.execute("device_add", {"driver": slot["type"], "id": name, **props})
+        if self._accelerator == "tcg":
+            # Observed: QEMU 7.2.22 aborts when a vCPU is added after one was removed under TCG
+            # (tcg_register_thread: n < tcg_max_ctxs, or heap corruption). The number says so.
+            present = present[:count]
         for slot in reversed(present[count:]):
             name = str(slot["qom-path"]).removeprefix(PERIPHERAL)
             if not name.startswith(CPU_PREFIX) or not await self._try_remove(name):
