@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import trio
 
     from shimv2.bootstrap import ShimInvocation
-    from ttrpc import Handler
+    from ttrpc.events import Status
+    from ttrpc.handlers import Handler
 
     class Service(Protocol):
         """What `task_service.TaskService` has to offer."""
@@ -106,13 +107,19 @@ async def serve(listener: socket.socket, invocation: ShimInvocation, log: Log) -
     from shimv2.events import EventPublisher
     from shimv2.task_service import TaskService
     from ttrpc import Server
+    from ttrpc.peer import is_same_user
 
     publisher = EventPublisher(invocation.ttrpc_address, invocation.namespace, log)
     state_dir = state_dir_of(invocation)
     for problem in cleanup.remove_state(state_dir):
         log.warning("left over from an earlier shim", what=problem)
     service: Service = TaskService(invocation, state_dir, publisher, log)
-    server = Server(service.services())
+    server = Server(
+        service.services(),
+        status_from=_status,
+        report=lambda text, error: log.warning(text, error=repr(error) if error else ""),
+        authorize=is_same_user,
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, service, log)
         await nursery.start(publisher.run)
@@ -123,10 +130,17 @@ async def serve(listener: socket.socket, invocation: ShimInvocation, log: Log) -
         if not await publisher.flush(FLUSH_DEADLINE_S):
             log.warning("some events were not sent")
         cleanup.unlink_own_socket(invocation)
-        with trio.move_on_after(SERVER_DEADLINE_S):
-            await server.shutdown()  # the answer to Shutdown itself is still on its way
+        # The answer to Shutdown itself is still on its way.
+        await server.shutdown(grace_s=SERVER_DEADLINE_S)
         log.info("shim exits")
         nursery.cancel_scope.cancel()
+
+
+def _status(error: BaseException) -> Status:
+    from shimv2.errors import status_from
+    from ttrpc.events import Status
+
+    return Status(*status_from(error))
 
 
 async def _watch_signals(

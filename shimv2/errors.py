@@ -84,12 +84,14 @@ class Unavailable(ShimError):
 # package is imported here and a subclass nobody listed gets what its base got.
 _FOREIGN: dict[tuple[str, str], int] = {
     ("agent_proto.errors", "AgentUnreachable"): _UNAVAILABLE,
-    ("agent_proto.errors", "HandshakeRefused"): _UNAVAILABLE,
     ("agent_proto.errors", "AgentTimeout"): _DEADLINE_EXCEEDED,
     ("hypervisors.errors", "Unsupported"): _UNIMPLEMENTED,
-    ("hypervisors.machine", "Unsupported"): _UNIMPLEMENTED,
-    ("hypervisors.errors", "BootTimeout"): _DEADLINE_EXCEEDED,
+    ("hypervisors.errors", "PreconditionFailed"): _FAILED_PRECONDITION,
+    ("hypervisors.errors", "CommandTimeout"): _DEADLINE_EXCEEDED,
+    ("hypervisors.errors", "ControlLost"): _UNAVAILABLE,
+    ("agent_proto.errors", "RequestTooLarge"): _RESOURCE_EXHAUSTED,
     ("ttrpc.errors", "ConnectionLost"): _UNAVAILABLE,
+    ("ttrpc.errors", "CallTimeout"): _DEADLINE_EXCEEDED,
     ("trio", "TooSlowError"): _DEADLINE_EXCEEDED,
     ("builtins", "TimeoutError"): _DEADLINE_EXCEEDED,
     ("builtins", "FileNotFoundError"): _NOT_FOUND,
@@ -144,8 +146,8 @@ def clip(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
 
 def _code_of(error: BaseException) -> int:
     code = getattr(error, "code", None)
-    if isinstance(error, ShimError):
-        return error.code
+    if isinstance(error, ShimError) or type(error).__name__ == "StatusError":
+        return int(code) if isinstance(code, int) else _UNKNOWN
     if isinstance(code, int) and type(error).__name__ in {"AgentStatus", "RemoteStatus"}:
         return int(code) if code in _PASSED_ON else _UNKNOWN
     for base in type(error).__mro__:
