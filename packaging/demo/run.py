@@ -33,6 +33,20 @@ RUNTIME: Final = "io.containerd.kata.v2"
 TIMELINE_EVENT: Final = "sandbox timeline"
 PULL_S: Final = 600
 BAR_WIDTH: Final = 40
+# The shim's marks (shimv2/boot.py, sandbox.py, container.py) in words.
+PHASES: Final = {
+    "helpers": "virtiofsd and vsock device up",
+    "rootfs": "root file system mounted",
+    "launch": "about to launch the VMM",
+    "launched": "VMM launched",
+    "kernel": "guest kernel booted",
+    "agent_ready": "agent ready",
+    "agent_connected": "agent connected",
+    "sandbox": "sandbox made in the guest",
+    "created": "container created",
+    "started": "container started",
+    "exited": "container exited",
+}
 DEFAULT_COMMAND: Final = (
     "/bin/sh",
     "-c",
@@ -113,9 +127,8 @@ def read_timeline(log: str) -> dict[str, float]:
     for line in reversed(log.splitlines()):
         record = _json_object(line)
         if record.get("event") == TIMELINE_EVENT:
-            phases = record.get("phases", {})
-            if isinstance(phases, dict):
-                return {str(name): float(at) for name, at in phases.items()}
+            marks = ((name, at) for name, at in record.items() if isinstance(at, float))
+            return {PHASES.get(name, name): at for name, at in marks}
     return {}
 
 
