@@ -198,6 +198,8 @@ class Machine:
             else:
                 self.keeps_output = True
                 self.boot_ms = dict(report.boot_ms)
+                since_init_ms = report.boot_ms.get("listening", 0) - report.boot_ms.get("init", 0)
+                self._timeline.mark("kernel", ago_s=since_init_ms / 1000)
                 self._timeline.mark("agent_ready")
                 return await dial(endpoint, timeout_s=_CONNECT_DEADLINE_S)
         left_s = max(1.0, plan.boot_deadline_s - self._timeline.elapsed_s())

@@ -24,9 +24,9 @@ class Timeline:
         """Name what is being done; a failure text says in which phase it happened."""
         self.phase = phase
 
-    def mark(self, name: str) -> None:
-        """Record that `name` has happened, if it is the first time."""
-        self._marks.setdefault(name, self._clock() - self._start)
+    def mark(self, name: str, *, ago_s: float = 0.0) -> None:
+        """Record that `name` happened, `ago_s` seconds before, if it is the first time."""
+        self._marks.setdefault(name, max(0.0, self._clock() - self._start - ago_s))
 
     def elapsed_s(self) -> float:
         """Seconds since the timeline began."""
