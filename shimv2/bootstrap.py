@@ -253,7 +253,9 @@ def annotations_of(data: bytes, path: str) -> dict[str, str]:
         raise InvalidArgument(f"{path} is not valid JSON: {error}") from error
     if not isinstance(spec, dict):
         raise InvalidArgument(f"{path} is not a JSON object")
-    annotations = spec.get("annotations") or {}
+    annotations = spec.get("annotations")
+    if annotations is None:
+        return {}
     if not isinstance(annotations, dict):
         raise InvalidArgument(f"{path}: annotations is not an object")
     return {key: value for key, value in annotations.items() if isinstance(value, str)}
