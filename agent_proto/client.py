@@ -11,7 +11,6 @@ Source: the Go shim's kata_agent.go does so; agents also take an empty exec_id.
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -39,6 +38,7 @@ from ttrpc.errors import (
     CallTimeout,
     Code,
     ConnectionLost,
+    LocalProtocolError,
     MessageTooLarge,
     RemoteProtocolError,
     RemoteStatus,
@@ -364,27 +364,24 @@ class AgentClient:
         """Make one call; return the answer's bytes, not longer than the method's may be."""
         payload = request.SerializeToString()
         try:
-            # The agent learns the limit from the frame; the scope is for one that doesn't care.
-            with trio.move_on_after(math.inf if limit_s is None else limit_s):
-                answer = await self._client.call(service, method, payload, timeout_s=limit_s)
-                limit = reply_limit(method) if max_reply_bytes is None else max_reply_bytes
-                if len(answer) > limit:
-                    raise AgentMisbehaved(method, f"answer of {len(answer)} bytes, {limit} allowed")
-                return answer
+            answer = await self._client.call(service, method, payload, timeout_s=limit_s)
         except RemoteStatus as error:
             if error.code == Code.DEADLINE_EXCEEDED and limit_s is not None:
                 raise AgentTimeout(method, limit_s) from error
             raise AgentStatus(error.code, error.message, method) from error
-        except ConnectionLost as error:
-            raise AgentUnreachable(method, str(error)) from error
         except CallTimeout as error:
             raise AgentTimeout(method, error.timeout_s) from error
-        except MessageTooLarge as error:
-            raise RequestTooLarge(method, error.length, error.limit) from error
         except RemoteProtocolError as error:
             raise AgentMisbehaved(method, guest_text(str(error))) from error
-        assert limit_s is not None
-        raise AgentTimeout(method, limit_s)
+        except MessageTooLarge as error:
+            raise RequestTooLarge(method, error.length, error.limit) from error
+        except (ConnectionLost, LocalProtocolError) as error:
+            # LocalProtocolError: thousands of calls are waiting for a guest that answers none.
+            raise AgentUnreachable(method, guest_text(str(error))) from error
+        limit = reply_limit(method) if max_reply_bytes is None else max_reply_bytes
+        if len(answer) > limit:
+            raise AgentMisbehaved(method, f"answer of {len(answer)} bytes, {limit} allowed")
+        return answer
 
 
 def _check_chunk(size: int, least: int = 0) -> None:
