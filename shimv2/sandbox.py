@@ -74,6 +74,7 @@ class Log(Protocol):
     def info(self, event: str, **fields: object) -> None: ...
     def warning(self, event: str, **fields: object) -> None: ...
     def error(self, event: str, **fields: object) -> None: ...
+    def exception(self, event: str, error: BaseException, **fields: object) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -428,6 +429,9 @@ class Sandbox:
         if isinstance(cause, PreconditionFailed):
             return FailedPrecondition(str(cause))
         if isinstance(cause, (InvalidArgument, NotFound, FailedPrecondition, Unimplemented)):
+            return cause
+        if isinstance(cause, AgentStatus) and not self.ended.is_set():
+            # The guest is well: it is the container that can't be.
             return cause
         report = self._report(self._reason or str(cause) or type(cause).__name__)
         report.save(self._parts.reports_root)

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from agent_proto.errors import AgentError
+from hypervisors.errors import HypervisorError
 from shimv2 import mounts, stats
 from shimv2.bundle import check_id, check_process, parse_json_object, read_bundle
-from shimv2.errors import InvalidArgument, Unimplemented, representative, status_from
+from shimv2.errors import InvalidArgument, ShimError, Unimplemented, representative, status_from
 from shimv2.lifecycle import State
 from shimv2.pb import containerd_events_pb2 as events_pb
 from shimv2.pb import containerd_process_pb2 as process_pb
@@ -274,11 +276,9 @@ class TaskService:
             try:
                 return await call(context, payload)
             except Exception as exc:  # the border between the shim and containerd
-                code, text = status_from(exc)
-                self._log.info("request refused", method=name, code=code.name, error=text)
-                if code.name in ("UNKNOWN", "INTERNAL"):
-                    self._log.warning("cause", method=name, error=repr(representative(exc)))
-                raise StatusError(code, text) from exc
+                if not isinstance(representative(exc), (ShimError, AgentError, HypervisorError)):
+                    self._log.exception("defect in the shim", exc, method=name)
+                raise StatusError(*status_from(exc)) from exc
 
         return handler
 
