@@ -7,7 +7,7 @@
         sock = await dial(HybridVsock(agent.uds_path), timeout_s=1)
 
 It keeps sandbox, containers and processes as the Kata agent does, records every request, and
-misbehaves on demand: `hang`, `fail`, `answer` for one method, `wire.spoil` for the bytes.
+misbehaves on demand: `hang`, `fail`, `answer`, `delay` for one method, `wire.spoil` for the bytes.
 """
 
 from __future__ import annotations
@@ -90,8 +90,17 @@ class FakeAgent:
 
         self._scripts[method] = script
 
+    def delay(self, method: str, seconds: float, reply: Message | None = None) -> None:
+        """Answer `method` late, with nothing in it unless a reply is given."""
+
+        async def script() -> Message | bytes:
+            await trio.sleep(seconds)
+            return b"" if reply is None else reply
+
+        self._scripts[method] = script
+
     def behave(self, method: str) -> None:
-        """Undo `hang`, `fail` and `answer`."""
+        """Undo `hang`, `fail`, `answer` and `delay`."""
         self._scripts.pop(method, None)
 
     def oom(self, container: str) -> None:

@@ -70,10 +70,7 @@ class FakeWire:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept connections until cancelled; `serve` gets the server's end of each."""
-        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with listener:
-            await listener.bind(os.fspath(self.uds_path))
-            listener.listen(16)
+        with bound(self.uds_path) as listener:
             try:
                 async with trio.open_nursery() as nursery:
                     task_status.started()
@@ -167,6 +164,17 @@ class FakeWire:
                 frame = HEADER.pack(length, stream, 0x7F, flags) + body
         await _send(target, frame)
         return True
+
+
+def bound(path: Path) -> trio.socket.SocketType:
+    """Return a unix socket that listens at `path`.
+
+    trio's own bind goes through a thread, which a clock that jumps doesn't wait for.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(os.fspath(path))
+    sock.listen(16)
+    return trio.socket.from_stdlib_socket(sock)
 
 
 async def _copy(source: trio.socket.SocketType, target: trio.socket.SocketType) -> None:
