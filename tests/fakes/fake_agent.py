@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from ttrpc.server import Server
 
 from agent_proto.pb import agent_pb2, csi_pb2, health_pb2
 from tests.fakes.fake_process import FakeProcess, Program
 from tests.fakes.fake_wire import FakeWire
 from ttrpc.descriptors import message_class
 from ttrpc.errors import Code, StatusError
+from ttrpc.server import Server
 
 Message = Any
 Script = Callable[[], Any]
