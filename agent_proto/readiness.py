@@ -28,7 +28,7 @@ from agent_proto.vsock import Endpoint, HybridVsock, KernelVsock
 READY_PORT: Final = 1030
 
 # For KernelVsock: let the kernel choose. Host ports are one space for all guests of a machine, so
-# a fixed one would serve one sandbox only.
+# a fixed one serves one sandbox only.
 ANY_PORT: Final = socket.VMADDR_PORT_ANY
 
 MAX_REPORT_BYTES: Final = 4096
@@ -113,8 +113,8 @@ class ReadinessListener:
     def listen(cls, endpoint: Endpoint) -> Self:
         """Bind for the guest's calls to host port `endpoint.port`.
 
-        A hybrid endpoint takes `readiness_path(endpoint)`, mode 0600; a kernel endpoint takes the
-        AF_VSOCK port, or with ANY_PORT one that `.port` then names, and accepts only its own cid.
+        A hybrid endpoint takes `readiness_path(endpoint)`, mode 0600. A kernel endpoint takes the
+        AF_VSOCK port if it is free, else any, and accepts only its own cid. Tell the guest `.port`.
 
         Raises:
             AgentUnreachable: the address can't be bound: in use, path too long, no vsock.
@@ -128,7 +128,7 @@ class ReadinessListener:
             if isinstance(endpoint, HybridVsock):
                 _bind_private(sock, readiness_path(endpoint))
             else:
-                sock.bind((socket.VMADDR_CID_ANY, endpoint.port))
+                _bind_vsock(sock, endpoint.port)
             sock.listen(_BACKLOG)
         except OSError as error:
             sock.close()
@@ -198,6 +198,15 @@ def _bind_private(sock: socket.socket, path: Path) -> None:
     # bind() makes the file with the mode of the inode behind the descriptor, less the umask.
     os.fchmod(sock.fileno(), 0o600)
     sock.bind(os.fspath(path))
+
+
+def _bind_vsock(sock: socket.socket, port: int) -> None:
+    try:
+        sock.bind((socket.VMADDR_CID_ANY, port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        sock.bind((socket.VMADDR_CID_ANY, ANY_PORT))
 
 
 async def _read_line(sock: socket.socket) -> bytes:
