@@ -9,20 +9,28 @@ mod boot;
 mod cgroup;
 mod config;
 mod container;
+mod copy_file;
 mod fs_group;
 mod hugepages;
 mod io;
 mod json;
 mod logging;
+mod metrics;
 mod modules;
 mod mount_options;
+mod netlink;
+mod network;
 mod oom;
 mod overlay;
 mod pb;
 mod reaper;
 mod rpc_container;
+mod rpc_guest;
+mod rpc_network;
 mod rpc_process;
 mod rpc_sandbox;
+mod rpc_stats;
+mod rpc_volume;
 mod runtime;
 mod sandbox;
 mod spec;
@@ -118,6 +126,9 @@ async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()
     }
     let watcher = agent.clone();
     tokio::task::spawn_local(async move { watcher.oom.run().await });
+    if is_init && let Err(status) = rpc_network::loopback_up() {
+        warn!("loopback: {status}");
+    }
     if let Err(error) = cgroup::prepare_parent() {
         warn!("cgroup of containers: {error}");
     }

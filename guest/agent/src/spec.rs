@@ -11,7 +11,7 @@ use crate::sandbox::Sandbox;
 use crate::status::{Result, Status};
 
 /// Kubernetes' default, used when a container says nothing else.
-const TERMINATION_LOG: &str = "/dev/termination-log";
+pub const TERMINATION_LOG: &str = "/dev/termination-log";
 /// Files of /proc that a mount may cover. Source: kata agent protocol, same section.
 const PROC_FILES: [&str; 8] =
     ["cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "net/dev"];
