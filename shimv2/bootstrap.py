@@ -287,10 +287,14 @@ def parse_json(text: str) -> object:
     stripped = text.lstrip(blank)
     try:
         value, end = scan(stripped, 0)
-    except StopIteration as error:
-        raise ValueError(f"a value is missing at character {error.value}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (StopIteration, SystemError) as error:
+        # The scanner takes its exception out of the loaded `json`, and fails without one.
+        import json
+
+        json.loads(text)
+        raise ValueError("not JSON") from error
     if stripped[end:].strip(blank):
         raise ValueError(f"more text after its end, at character {end}")
     return value  # type: ignore[no-any-return,unused-ignore]

@@ -42,10 +42,23 @@ def run(flags: Flags) -> NoReturn:
         write_file(invocation.bundle_path, "address", invocation.address)
         finish(invocation.address)
     listener = listen(invocation.socket_path)
-    write_file(invocation.bundle_path, "address", invocation.address)
     if listener is None:
+        write_file(invocation.bundle_path, "address", invocation.address)
         finish(invocation.address)
+    try:
+        _leave_daemon(invocation, listener)
+    except BaseException:
+        # containerd runs no `delete` after a failed start. A daemon that was forked already finds
+        # its gate closed, and goes.
+        posix.unlink(invocation.socket_path)
+        raise
+    posix._exit(0)
+
+
+def _leave_daemon(invocation: ShimInvocation, listener: _socket.socket) -> None:
+    """Fork the daemon and say where it listens; only when both worked does it serve."""
     invocation.socket_inode = posix.lstat(invocation.socket_path).st_ino
+    write_file(invocation.bundle_path, "address", invocation.address)
     gate, opener = posix.pipe()
     child = posix.fork()
     if child == 0:
@@ -54,7 +67,6 @@ def run(flags: Flags) -> NoReturn:
     write_file(invocation.bundle_path, "shim.pid", str(child))
     write_all(1, invocation.address.encode())
     posix.write(opener, b"1")
-    posix._exit(0)
 
 
 def finish(address: str) -> NoReturn:
