@@ -41,6 +41,8 @@ state = "{state}"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "/usr/lib/cni"
     conf_dir = "/etc/cni/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]
     runtime_type = "io.containerd.kata.v2"
     pod_annotations = ["io.katacontainers.*"]
@@ -137,9 +139,3 @@ class ContainerdDaemon:
         """Kill the daemon and start it again on the same root and state."""
         self.kill()
         self.start()
-
-    def forget(self) -> None:
-        """Take note that the node's end has ended the daemon, too."""
-        if self._process is not None:
-            self._process.wait(10)
-            self._process = None

@@ -129,13 +129,16 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def expect(self, text: str, timeout_s: float = 30) -> str:
-        """Read until `text` shows up and return what came before it."""
+        """Read until `text` shows up and return what came before it; carriage returns don't count.
+
+        (ctr leaves OPOST on, so that a line's end passes two terminals that add one each.)
+        """
         wanted, deadline = text.encode(), time.monotonic() + timeout_s
         while wanted not in self._seen:
             ready, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
             assert ready, f"no {text!r} within {timeout_s} s; seen: {self._seen!r}"
             try:
-                self._seen += os.read(self._master, 65536)
+                self._seen += os.read(self._master, 65536).replace(b"\r", b"")
             except OSError:  # EIO: the other side is closed
                 raise AssertionError(f"terminal closed before {text!r}: {self._seen!r}") from None
         before, _, self._seen = self._seen.partition(wanted)

@@ -55,6 +55,7 @@ class Node:
         self.containerd = ContainerdDaemon(self, version)
         self.pid = 0
         self._holder: subprocess.Popen[bytes] | None = None
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         """Make the namespaces, start containerd and import the images; undone on failure."""
@@ -74,7 +75,7 @@ class Node:
             os.kill(self.pid or self._holder.pid, signal.SIGKILL)
             self._holder.wait(10)
             self._holder = None
-            self.containerd.forget()
+            self._reap_started()
         self._remove_cgroups()
 
     def __enter__(self) -> Self:
@@ -111,8 +112,10 @@ class Node:
               stdin: _Output = None, stdout: _Output = None, stderr: _Output = None,
               wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
         """Start a command in the node. Its pid is that of nsenter, which passes its status on."""
-        return subprocess.Popen([*wrapper, *self.argv(command)], env=self.environment(env),
-                                stdin=stdin, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen([*wrapper, *self.argv(command)], env=self.environment(env),
+                                   stdin=stdin, stdout=stdout, stderr=stderr)
+        self._started.append(process)
+        return process
 
     def run(self, command: Sequence[str], *, check: bool = True, timeout_s: float = 60,
             stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
@@ -168,6 +171,16 @@ class Node:
         unshare = self._holder.pid
         children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
         self.pid = int(children[0])
+
+    def _reap_started(self) -> None:
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait(10)
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
 
     def _configure_shim(self) -> None:
         built = BUILD / "etc" / "configuration.toml"
