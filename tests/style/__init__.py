@@ -1,0 +1,1 @@
+"""Rules of the house as tests: imports, sizes, linters, generated files."""
