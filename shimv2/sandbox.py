@@ -130,15 +130,15 @@ class Sandbox:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold the sandbox's jobs until cancelled; then nothing is left of it."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._jobs = nursery
-                task_status.started()
+        async with trio.open_nursery() as nursery:
+            self._jobs = nursery
+            task_status.started()
+            try:
                 await trio.sleep_forever()
-        finally:
-            # Bounded part by part; what hangs longer stays in the journal for `delete`.
-            with trio.CancelScope(shield=True):
-                await self._take_down("the shim is shutting down")
+            finally:
+                # Bounded part by part; what hangs longer stays in the journal for `delete`.
+                with trio.CancelScope(shield=True):
+                    await self._take_down("the shim is shutting down")
 
     async def stop(self, reason: str) -> None:
         """End everything, as when the VM dies."""

@@ -58,6 +58,7 @@ class FakeAgent:
         self.routes: list[Message] = []
         self.files: dict[str, bytes] = {}
         self.serving = True
+        self.keeps_output = True  # as our agent does; upstream's forgets it at the exit
         self._programs: dict[tuple[str | None, str | None], Program] = {}
         self._scripts: dict[str, Script] = {}
         self._oom_send, self._oom = trio.open_memory_channel[str](1000)
@@ -258,7 +259,8 @@ class FakeAgent:
         process = self._process(request)
         await process.exited.wait()
         container = self.containers.get(request.container_id)
-        if container is not None:
+        has_output = process.stdout.data or process.stderr.data
+        if container is not None and not (self.keeps_output and has_output):
             container.processes.pop(request.exec_id or container.id, None)
         return agent_pb2.WaitProcessResponse(status=process.status)
 

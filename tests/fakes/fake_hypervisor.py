@@ -1,0 +1,153 @@
+"""A hypervisor inside of the test process: machines without a guest, helpers without a daemon.
+
+    hypervisor = FakeHypervisor()
+    hypervisor.on_launch = announce          # what the guest does once it has power
+    machinery = hypervisor.machinery()       # what shimv2.boot takes
+
+A machine ends when the test or the shim says so, and then `on_exit` runs: cut the agent's wire there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hypervisors.child import ChildRecord
+from hypervisors.console import ConsoleRing
+from hypervisors.machine import Capabilities, ExitKind, GuestAddress, MachineSpec, VmExit
+from shimv2.boot import Machinery
+
+FAKE_PID = 0x3FFFFF  # above pid_max's default: no process of the host has it
+
+
+class FakeMachine:
+    """A VirtualMachine that is nothing but its exit."""
+
+    accelerator = "fake"
+
+    def __init__(self, spec: MachineSpec, on_exit: Callable[[], None]) -> None:
+        self.spec = spec
+        self.pid = FAKE_PID
+        self.exit: VmExit | None = None
+        self.console = ConsoleRing(65536)
+        self.addresses: dict[str, GuestAddress] = {}
+        self.ignores_kill = False
+        self._exited = trio.Event()
+        self._on_exit = on_exit
+
+    def die(self, reason: str = "was killed by SIGKILL", kind: ExitKind = ExitKind.KILLED) -> None:
+        """End the machine, as the host or the guest might."""
+        if self.exit is None:
+            self.exit = VmExit(kind=kind, code=None, signal=9, reason=reason)
+            self._exited.set()
+            self._on_exit()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        try:
+            await self._exited.wait()
+        finally:
+            self.die("was stopped")
+
+    async def wait_exited(self) -> VmExit:
+        await self._exited.wait()
+        assert self.exit is not None
+        return self.exit
+
+    def kill(self) -> None:
+        if not self.ignores_kill:
+            self.die("was killed by the shim")
+
+    async def aclose(self) -> None:
+        self.kill()
+
+
+class FakeHelper:
+    """A daemon that lives until it is told to end."""
+
+    def __init__(self, name: str, sockets: tuple[Path, ...]) -> None:
+        self.name = name
+        self.stderr_tail: list[str] = []
+        self.is_closed = False
+        self._ended = trio.Event()
+        self._sockets = sockets
+
+    def die(self) -> None:
+        self._ended.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> str:
+        task_status.started()
+        await self._ended.wait()
+        return "was killed by SIGKILL"
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+        self._ended.set()
+        await trio.lowlevel.checkpoint()
+
+
+@dataclass
+class FakeHypervisor:
+    """A Hypervisor that counts what it made, and fails on demand."""
+
+    name: str = "fake"
+    on_launch: Callable[[FakeMachine], Awaitable[None]] | None = None
+    on_exit: Callable[[], None] = lambda: None
+    check_error: Exception | None = None
+    launch_error: Exception | None = None
+    machines: list[FakeMachine] = field(default_factory=list)
+    helpers: list[FakeHelper] = field(default_factory=list)
+
+    def capabilities(self, spec: MachineSpec) -> Capabilities:
+        raise NotImplementedError
+
+    def check(self, spec: MachineSpec) -> None:
+        if self.check_error is not None:
+            raise self.check_error
+
+    async def launch(
+        self, spec: MachineSpec, *, record: Callable[[ChildRecord], None]
+    ) -> FakeMachine:
+        await trio.lowlevel.checkpoint()
+        if self.launch_error is not None:
+            raise self.launch_error
+        record(ChildRecord(name="fake-vmm", pid=FAKE_PID, start_time=1))
+        machine = FakeMachine(spec, self.on_exit)
+        self.machines.append(machine)
+        if self.on_launch is not None:
+            await self.on_launch(machine)
+        return machine
+
+    def machinery(self) -> Machinery:
+        """The parts of a machine, all fake; no kernel vsock."""
+
+        async def start_virtiofsd(
+            binary: Path, shared: Path, socket: Path, **options: Any
+        ) -> FakeHelper:
+            return self._helper("virtiofsd", socket)
+
+        async def start_vsock_device(
+            binary: Path, socket: Path, uds_path: Path, **options: Any
+        ) -> FakeHelper:
+            return self._helper("vhost-device-vsock", socket)
+
+        return Machinery(
+            hypervisor=self,  # type: ignore[arg-type]
+            start_virtiofsd=start_virtiofsd,  # type: ignore[arg-type]
+            start_vsock_device=start_vsock_device,  # type: ignore[arg-type]
+            open_kernel_vsock=lambda: None,
+        )
+
+    def helper(self, name: str) -> FakeHelper:
+        return next(helper for helper in self.helpers if helper.name == name)
+
+    def _helper(self, name: str, socket: Path) -> FakeHelper:
+        assert os.path.isdir(socket.parent)
+        helper = FakeHelper(name, (socket,))
+        self.helpers.append(helper)
+        return helper
