@@ -45,9 +45,9 @@ MACHINE_FLAGS: Final = "sata=off,usb=off,smbus=off,hpet=off,i8042=off,vmport=off
 TCG_CPU: Final = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"
 KVM_CPU: Final = "host,pmu=off"
 
-# swiotlb: room for memory hot-plug above 4 GiB makes Linux set 64 MiB of bounce buffers aside, which
-# no device here uses; that costs a tenth of a second under emulation, and the memory. pcie_ports:
-# ACPI does the hot-plug of q35's root ports; their own services cost another tenth with 8 ports.
+# swiotlb: room for memory hot-plug above 4 GiB makes Linux set 64 MiB of bounce buffers aside,
+# which no device here uses; that costs a tenth of a second under emulation. pcie_ports: ACPI does
+# the hot-plug of q35's root ports; their own services cost nearly another tenth with 8 ports.
 BASE_CMDLINE: Final = (
     "console=ttyS0 panic=-1 quiet tsc=reliable no_timer_check noreplace-smp cryptomgr.notests"
     " swiotlb=noforce pcie_ports=compat"
