@@ -1,0 +1,1 @@
+"""Tests of packaging/: what is installed, and the demonstration."""
