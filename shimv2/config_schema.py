@@ -154,10 +154,10 @@ def _with_line(where: str, file: str, table: str, key: str) -> str:
 def _number(key: Key, value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidArgument(f"{where} must be a number, not {value!r}")
+    if not key.low <= value <= key.high:  # neither does "not a number"
+        raise InvalidArgument(f"{where} is {value}; it must lie in {key.low:g}…{key.high:g}")
     if key.kind == "int" and value != int(value):
         raise InvalidArgument(f"{where} must be a whole number, not {value!r}")
-    if not key.low <= value <= key.high:
-        raise InvalidArgument(f"{where} is {value}; it must lie in {key.low:g}…{key.high:g}")
     scaled = value * key.scale
     return int(scaled) if key.kind == "int" else float(scaled)
 
