@@ -59,7 +59,7 @@ run: setup guest shim ## Run a container in a virtual machine of its own, and sh
 .PHONY: lint
 lint: venv
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy $(CHECKED) packaging/*.py packaging/demo/*.py
+	$(VENV)/bin/mypy --cache-dir=build/mypy_cache $(CHECKED) packaging/*.py packaging/demo/*.py
 
 .PHONY: lint-agent
 lint-agent: venv
@@ -74,10 +74,10 @@ lint-agent: venv
 
 .PHONY: check
 check: lint shim lint-agent ## Lint, types and the tests that need no root: quick
-	$(PYTHON) -m pytest -q -m "not root and not e2e and not kvm"
+	$(PYTHON) -m pytest -m "not root and not e2e and not kvm"
 
 .PHONY: test
-test: setup tools guest shim lint lint-agent ## Everything, virtual machines under real containerds included
+test: setup tools guest shim lint-agent ## Everything, virtual machines under real containerds included
 	$(PYTHON) -m pytest -v $(TESTS)
 
 .PHONY: bench
