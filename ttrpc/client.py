@@ -29,7 +29,6 @@ from ttrpc.transport import Transport
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator
 
 MAX_PENDING: Final = 4096
 """Calls that wait at a time. A `Wait` pends as long as its process lives, so this must be large."""
@@ -92,8 +91,14 @@ class ClientStream:
         """
         return await self._inbox.receive()
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._inbox.messages()
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        payload = await self._inbox.receive()
+        if payload is None:
+            raise StopAsyncIteration
+        return payload
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -29,6 +29,9 @@ from ttrpc.frames import Frame, FrameDecoder, OversizedFrame
 from ttrpc.pb import ttrpc_pb2 as pb
 
 MAX_STREAM_ID: Final = 2**32 - 1
+MAX_METADATA_PAIRS: Final = 1024
+MAX_DETAILS: Final = 64
+"""Two bytes on the wire become a Python object of hundreds, so these are counted first."""
 
 
 class Role(Enum):
@@ -178,12 +181,14 @@ class Connection:
             message = pb.Request.FromString(frame.data)
         except Exception as error:  # upb raises DecodeError, but also MemoryError and others
             return _rejected(frame.stream_id, f"request cannot be decoded: {error}")
+        metadata = message.metadata
+        if len(metadata) > MAX_METADATA_PAIRS:
+            return _rejected(frame.stream_id, f"more than {MAX_METADATA_PAIRS} metadata pairs")
         if frame.flags & frames.REMOTE_OPEN:
             self.streams[frame.stream_id] = StreamState.OPEN
         else:
             # Servers tell unary from streaming by the method, so that old clients work too.
             self.streams[frame.stream_id] = StreamState.HALF
-        metadata = message.metadata
         return Request(
             frame.stream_id,
             message.service,
@@ -311,7 +316,9 @@ def _received_response(frame: Frame) -> Response | Broken:
         status = Status(
             Code.from_wire(message.status.code),
             message.status.message,
-            tuple((detail.type_url, detail.value) for detail in message.status.details),
+            tuple(
+                (detail.type_url, detail.value) for detail in message.status.details[:MAX_DETAILS]
+            ),
         )
     except Exception as error:  # upb raises DecodeError, but also MemoryError and others
         return Broken(frame.stream_id, f"response cannot be decoded: {error}")

@@ -7,7 +7,7 @@ rule on one stream is answered there, what breaks the framing ends this connecti
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import trio
 
@@ -23,7 +23,7 @@ from ttrpc.transport import Transport
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable
+    from collections.abc import Awaitable
 
     from ttrpc.server import Server
 
@@ -50,8 +50,14 @@ class ServerStream:
         """
         return await self._inbox.receive()
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._inbox.messages()
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        payload = await self._inbox.receive()
+        if payload is None:
+            raise StopAsyncIteration
+        return payload
 
     async def send(self, payload: bytes) -> None:
         """Send one message; waits while too much is unsent.

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
 from ttrpc.errors import Code, StatusError
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 MAX_WAITING_MESSAGES: Final = 64
 """Source: ttrpc stream.go, the receive buffer of a stream."""
@@ -79,10 +76,6 @@ class Inbox:
         self._bytes -= len(payload)
         self._taken.set()
         return payload
-
-    async def messages(self) -> AsyncIterator[bytes]:
-        while (payload := await self.receive()) is not None:
-            yield payload
 
     def _is_full(self) -> bool:
         return not self._is_ended and (
