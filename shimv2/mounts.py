@@ -39,8 +39,16 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 
-_SYS_OPENAT2 = 437  # the same number on every architecture since Linux 5.6
+# The same numbers on every architecture.
+_SYS_OPEN_TREE = 428  # since Linux 5.2
+_SYS_MOVE_MOUNT = 429  # since 5.2
+_SYS_OPENAT2 = 437  # since 5.6
 _SYS_MOUNT_SETATTR = 442  # since 5.12
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
 
 _PAGE = 4096  # mount(2) takes one page of data, its final NUL included
 
@@ -132,32 +140,61 @@ def bind(
 ) -> None:
     """Bind `source` over `target`, with everything mounted below it if `recursive`.
 
-    Read-only holds for the whole tree and is set on the host, where no guest can take it back. If
-    that fails, the bind is undone. Raises `MountFailed`.
+    Read-only holds for the whole tree and is set on the host, where no guest can take it back, and
+    before the tree can be reached at `target`. Raises `MountFailed`.
     """
-    flags = MS_BIND | (MS_REC if recursive else 0)
-    mount(_place(source), target, "", flags)
     if not read_only:
+        mount(_place(source), target, "", MS_BIND | (MS_REC if recursive else 0))
         return
-    # A descriptor opened before the bind still names the directory beneath it.
-    place = os.readlink(_place(target)) if isinstance(target, int) else target
+    tree = _clone(_place(source), recursive=recursive)
     try:
-        set_read_only(place)
-    except MountFailed:
-        detach(place)
-        raise
+        _make_read_only(tree, b"", _place(source))
+        _attach(tree, target)
+    finally:
+        os.close(tree)
+
+
+def _clone(source: str, *, recursive: bool) -> int:
+    """open_tree(2): a detached copy of the mount at `source`, as a descriptor."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    tree: int = _libc.syscall(
+        ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(_AT_FDCWD), os.fsencode(source),
+        ctypes.c_uint(flags),
+    )  # fmt: skip
+    if tree < 0:
+        raise MountFailed("clone for a bind", source, ctypes.get_errno())
+    return tree
 
 
 def set_read_only(target: str) -> None:
     """Make the mount at `target` and all mounts below it read-only. Raises `MountFailed`."""
+    _make_read_only(_AT_FDCWD, os.fsencode(target), target)
+
+
+def _make_read_only(directory: int, path: bytes, shown: str) -> None:
+    """mount_setattr(2) on a mount, or on a detached tree (empty path), and all mounts in it."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     result = _libc.syscall(
-        ctypes.c_long(_SYS_MOUNT_SETATTR), ctypes.c_int(-100), os.fsencode(target),
-        ctypes.c_uint(AT_RECURSIVE), ctypes.byref(attributes),
+        ctypes.c_long(_SYS_MOUNT_SETATTR), ctypes.c_int(directory), path,
+        ctypes.c_uint(_AT_EMPTY_PATH | AT_RECURSIVE), ctypes.byref(attributes),
         ctypes.c_size_t(ctypes.sizeof(attributes)),
     )  # fmt: skip
     if result != 0:
-        raise MountFailed("making read-only", target, ctypes.get_errno())
+        raise MountFailed("making read-only", shown, ctypes.get_errno())
+
+
+def _attach(tree: int, target: str | int) -> None:
+    """move_mount(2): put a detached tree on `target`, the very file if that is a descriptor."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH
+    directory, path = (target, b"") if isinstance(target, int) else (_AT_FDCWD, os.fsencode(target))
+    if isinstance(target, int):
+        flags |= _MOVE_MOUNT_T_EMPTY_PATH
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_MOVE_MOUNT), ctypes.c_int(tree), b"", ctypes.c_int(directory), path,
+        ctypes.c_uint(flags),
+    )  # fmt: skip
+    if result != 0:
+        raise MountFailed("bind", _place(target), ctypes.get_errno())
 
 
 def mount_rootfs(mounts: Sequence[RootfsMount], target: str) -> list[str]:
