@@ -32,6 +32,7 @@ from shimv2.stdio import StdioPlan, open_stdio
 if TYPE_CHECKING:
     from agent_proto.client import AgentClient
     from shimv2.bundle import Bundle, JsonObject
+    from shimv2.relay import Relay
     from shimv2.stdio import Logger, LoggerCommand
     from shimv2.task_events import TaskEvents
     from shimv2.timeline import Timeline
@@ -46,10 +47,21 @@ KILL_DEADLINE_S: Final = 5.0
 _SIGKILL: Final = 9
 
 
+class Log(Protocol):
+    """Structured events: a short constant name, values in fields."""
+
+    def info(self, event: str, **fields: object) -> None: ...
+    def warning(self, event: str, **fields: object) -> None: ...
+    def error(self, event: str, **fields: object) -> None: ...
+    def exception(self, event: str, error: BaseException, **fields: object) -> None: ...
+
+
 class Host(Protocol):
     """What a container needs of its sandbox."""
 
     events: TaskEvents
+    log: Log
+    ended: trio.Event
     timeline: Timeline
 
     @property
@@ -138,7 +150,7 @@ class Container:
         host.timeline.mark("started")
         host.events.started(self, process)
         self._now_running(process)
-        host.start_job(relay.run)
+        host.start_job(self._relay, process, relay)
         if not host.keeps_output:
             host.start_job(self._watch, process)
 
@@ -157,7 +169,7 @@ class Container:
         await self._ask(host.agent.exec_process(request))
         host.events.started(self, process)
         self._now_running(process)
-        host.start_job(process.make_relay(host.agent).run)
+        host.start_job(self._relay, process, process.make_relay(host.agent))
         host.start_job(self._watch, process)
         if process.plan.terminal and process.size is not None:
             with contextlib.suppress(AgentError):
@@ -175,6 +187,16 @@ class Container:
         if process.relay is not None:
             process.relay = None
         process.close_stdio()
+
+    async def _relay(self, process: ContainerProcess, relay: Relay) -> None:
+        await relay.run()
+        if relay.problem and not self._host.ended.is_set():
+            self._host.log.warning(
+                "output cut short",
+                container_id=self.id,
+                exec_id=process.exec_id,
+                error=relay.problem,
+            )
 
     # --- Exit ---
 

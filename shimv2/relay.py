@@ -36,6 +36,7 @@ class Relay:
         self._stdio = stdio
         self._guest = guest
         self._scope = trio.CancelScope()
+        self.problem = ""  # why a stream ended before its end, if one did
         self.outputs_ended = trio.Event()
         self.finished = trio.Event()
 
@@ -65,9 +66,10 @@ class Relay:
         async with trio.open_nursery() as inputs:
             inputs.start_soon(self._copy_input)
             async with trio.open_nursery() as outputs:
-                outputs.start_soon(_copy_output, self._guest.read_stdout, self._stdio.stdout)
+                stdio, guest = self._stdio, self._guest
+                outputs.start_soon(self._copy_output, guest.read_stdout, stdio.stdout)
                 if not self._plan.terminal:
-                    outputs.start_soon(_copy_output, self._guest.read_stderr, self._stdio.stderr)
+                    outputs.start_soon(self._copy_output, guest.read_stderr, stdio.stderr)
             inputs.cancel_scope.cancel()
 
     async def _copy_input(self) -> None:
@@ -87,10 +89,14 @@ class Relay:
                     return
                 data = data[taken:]
 
-
-async def _copy_output(read: Callable[[int], Awaitable[bytes]], sink: Sink | None) -> None:
-    # Without a sink the output is read and dropped: unread, it would stop the process.
-    with contextlib.suppress(AgentError, trio.ClosedResourceError):
-        while data := await read(CHUNK_BYTES):
-            if sink is not None:
-                await sink.write(data)
+    async def _copy_output(
+        self, read: Callable[[int], Awaitable[bytes]], sink: Sink | None
+    ) -> None:
+        # Without a sink the output is read and dropped: unread, it would stop the process.
+        with contextlib.suppress(trio.ClosedResourceError):
+            try:
+                while data := await read(CHUNK_BYTES):
+                    if sink is not None:
+                        await sink.write(data)
+            except AgentError as exc:
+                self.problem = str(exc)

@@ -43,7 +43,6 @@ class MountCalls(Protocol):
         self, source: str, target: str, *, read_only: bool = ..., recursive: bool = ...
     ) -> None: ...
     def make_shared(self, path: str) -> None: ...
-    def set_read_only(self, target: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +74,7 @@ class Share:
         self._journal.take("mount", target=str(self._mounts))
         self._calls.make_shared(str(self._mounts))
         self._journal.take("mount", target=str(self.path))
-        self._calls.bind(str(self._mounts), str(self.path), recursive=False)
-        self._calls.set_read_only(str(self.path))
+        self._calls.bind(str(self._mounts), str(self.path), read_only=True, recursive=False)
 
     def add(self, bundle: Bundle, rootfs: Sequence[mounts.RootfsMount]) -> GuestPaths:
         """Mount a container's root filesystem and bind its volumes.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -22,7 +22,7 @@ from agent_proto.pb import agent_pb2
 from hypervisors.errors import PreconditionFailed
 from shimv2.boot import Machine, Machinery
 from shimv2.bundle import Bundle, ContainerKind
-from shimv2.container import Container
+from shimv2.container import Container, Log
 from shimv2.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -68,15 +68,6 @@ _OOM_FIRST_PAUSE_S: Final = 0.1
 _OOM_LONGEST_PAUSE_S: Final = 5.0
 
 
-class Log(Protocol):
-    """Structured events: a short constant name, values in fields."""
-
-    def info(self, event: str, **fields: object) -> None: ...
-    def warning(self, event: str, **fields: object) -> None: ...
-    def error(self, event: str, **fields: object) -> None: ...
-    def exception(self, event: str, error: BaseException, **fields: object) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """What a sandbox is built from; tests put fakes here."""
@@ -116,7 +107,7 @@ class Sandbox:
         self._reason = ""
         self._invocation = invocation
         self._state_dir = state_dir
-        self._log = log
+        self.log = log
         self._parts = parts
         self._jobs: trio.Nursery | None = None
         self._machine: Machine | None = None
@@ -184,13 +175,9 @@ class Sandbox:
             return
         self._reason = reason
         self.ended.set()
-        living = [c for c in self.containers.values() if c.init.exit is None]
-        self._log.error("sandbox failed", sandbox_id=self._invocation.sandbox_id, reason=reason)
+        self.log.error("sandbox failed", sandbox_id=self._invocation.sandbox_id, reason=reason)
         for container in self.containers.values():
             container.end_all(reason)
-        for container in living:
-            if container.creation is not None:
-                container.creation.cancel()
         self.start_job(self._stop_machine)
 
     def init_exited(self, container: Container) -> None:
@@ -283,7 +270,7 @@ class Sandbox:
         if self._config is None:
             config = self._parts.load_config(creation.config_path, creation.bundle.annotations)
             for warning in config.warnings:
-                self._log.warning("configuration", text=warning)
+                self.log.warning("configuration", text=warning)
             self._config = config
         return self._config
 
@@ -325,8 +312,8 @@ class Sandbox:
                 timeline.enter("creating the container in the guest")
                 await self._create_in_guest(container, prepared[0])
             except Exception as exc:
-                raise self._explained(exc) from exc
-            except trio.Cancelled:
+                raise await self._explained(exc) from exc
+            except BaseException:
                 self._post_mortem = self._report("it was given up")
                 raise
             timeline.mark("created")
@@ -340,7 +327,7 @@ class Sandbox:
                 f"container {container.id} belongs to sandbox {creation.bundle.sandbox_id}, "
                 "which has no VM"
             )
-        await self._is_up.wait()
+        await self._wait_up()
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._close_stdio, container)
             await container.open_stdio(container.init)
@@ -349,6 +336,20 @@ class Sandbox:
             undo.push_async_callback(self._remove_in_guest, container)
             await self._create_in_guest(container, paths)
             undo.pop_all()
+
+    async def _wait_up(self) -> None:
+        """Wait for the boot that another request is at."""
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await self.ended.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            await self._is_up.wait()
+            nursery.cancel_scope.cancel()
+        if self.ended.is_set() or not self._is_up.is_set():
+            raise Unavailable(self._reason or "the sandbox could not be created")
 
     def _new_machine(self, config: RuntimeConfig) -> Machine:
         assert self._jobs is not None
@@ -423,7 +424,7 @@ class Sandbox:
         )
         await container.create_in_guest(request)
 
-    def _explained(self, error: Exception) -> Exception:
+    async def _explained(self, error: Exception) -> Exception:
         """The error as a user can act on it: a mistake of theirs as it is, else a whole report."""
         cause = representative(error)
         if isinstance(cause, PreconditionFailed):
@@ -433,7 +434,11 @@ class Sandbox:
         if isinstance(cause, AgentStatus) and not self.ended.is_set():
             # The guest is well: it is the container that can't be.
             return cause
-        report = self._report(self._reason or str(cause) or type(cause).__name__)
+        text = str(cause) or type(cause).__name__
+        if isinstance(cause, AgentUnreachable) and not self.ended.is_set():
+            with trio.move_on_after(EXPLAIN_DEADLINE_S):
+                await self.ended.wait()
+        report = self._report(self._reason or text)
         report.save(self._parts.reports_root)
         return SandboxFailed(report, int(status_from(cause)[0]))
 
@@ -500,12 +505,12 @@ class Sandbox:
             try:
                 await self.agent.remove_container(container.id)
             except (AgentError, ShimError) as exc:
-                self._log.warning("remove container", container_id=container.id, error=str(exc))
+                self.log.warning("remove container", container_id=container.id, error=str(exc))
 
     def _remove_from_share(self, container: Container) -> None:
         if self._share is not None:
             for problem in self._share.remove(container.id):
-                self._log.warning("cleanup", container_id=container.id, problem=problem)
+                self.log.warning("cleanup", container_id=container.id, problem=problem)
 
     async def _close_stdio(self, container: Container) -> None:
         with trio.CancelScope(shield=True):  # bounded by a logger's graces
@@ -537,12 +542,12 @@ class Sandbox:
                 return
             journal, self._journal = self._journal, None
             for problem in journal.undo():
-                self._log.warning("cleanup", problem=problem)
+                self.log.warning("cleanup", problem=problem)
             left = [entry for entry in journal.held if entry.kind == "process"]
             journal.close()
             if not left:
                 for problem in self._state_dir.remove():
-                    self._log.warning("cleanup", problem=problem)
+                    self.log.warning("cleanup", problem=problem)
 
     # --- Jobs ---
 
@@ -551,7 +556,7 @@ class Sandbox:
             await job(*args)
         except Exception as exc:  # the boundary between a job and the shim
             cause = representative(exc)
-            self._log.error(
+            self.log.error(
                 "job failed", job=getattr(job, "__qualname__", str(job)), error=repr(cause)
             )
             self.fail(f"internal error in the shim: {cause!r}")
@@ -610,7 +615,7 @@ class Sandbox:
     def _report_timeline(self) -> None:
         if not self.timeline.is_reported:
             self.timeline.is_reported = True
-            self._log.info(
+            self.log.info(
                 "sandbox timeline",
                 sandbox_id=self._invocation.sandbox_id,
                 **self.timeline.as_ms(),

@@ -26,7 +26,7 @@ from shimv2.pb import containerd_events_pb2 as events_pb
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from shimv2.pb import runtime_options_pb2
-from shimv2.sandbox import Creation, Log, Parts, Sandbox
+from shimv2.sandbox import Creation, Parts, Sandbox
 from shimv2.state_dir import REPORTS_ROOT
 from shimv2.stdio import parse_stdio
 from shimv2.task_events import Publisher, TaskEvents, set_timestamp
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from shimv2.boot import Machinery
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
-    from shimv2.container import Container
+    from shimv2.container import Container, Log
     from shimv2.process import ContainerProcess
     from shimv2.state_dir import StateDir
     from ttrpc import CallContext, Handler

@@ -80,9 +80,6 @@ class FakeMounts:
     def make_shared(self, path: str) -> None:
         self.calls.append(("shared", path))
 
-    def set_read_only(self, target: str) -> None:
-        self.calls.append(("read-only", target))
-
 
 class RecordingLog:
     def __init__(self) -> None:
