@@ -10,6 +10,7 @@ import pytest
 
 from tests.harness.containerd_api import CallFailed, Tasks
 from tests.harness.ctr import KATA, RUNTIME, Ctr, fresh_id
+from tests.harness.parts import find_shims
 
 
 def test_exec_statuses_streams_and_stdin(ctr: Ctr) -> None:
@@ -98,10 +99,8 @@ def test_200_execs_in_a_row_leave_the_shim_as_it_was(ctr: Ctr) -> None:
 
 
 def shim_size(ctr: Ctr) -> dict[str, int]:
-    name = "containerd-shim-kata-v2" if ctr.runtime == KATA else "containerd-shim-runc-v2"
-    shims = [process for process in ctr.node.find(name) if " start" not in process.command]
-    assert len(shims) == 1, shims
-    directory = shims[0].directory
-    status = dict(line.split(":", 1) for line in (directory / "status").read_text().splitlines())
-    return {"fds": len(list((directory / "fd").iterdir())), "threads": int(status["Threads"]),
+    shim, = find_shims(ctr)
+    status = dict(line.split(":", 1)
+                  for line in (shim.directory / "status").read_text().splitlines())
+    return {"fds": len(list((shim.directory / "fd").iterdir())), "threads": int(status["Threads"]),
             "rss_kib": int(status["VmRSS"].split()[0])}

@@ -1,0 +1,37 @@
+"""Find the processes that one sandbox consists of, on a node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.harness.ctr import KATA
+
+if TYPE_CHECKING:
+    from tests.harness.ctr import Ctr
+    from tests.harness.node import Node, NodeProcess
+
+#: Names of the parts as the kernel shows them in `comm`, cut at 15 characters.
+VMM, VIRTIOFSD, VSOCK = "qemu-system-x86", "virtiofsd", "vhost-device-vs"
+
+
+def find_parts(node: Node, comm: str) -> list[NodeProcess]:
+    """List the processes of one name whose parent has another: the parts, not their helpers."""
+    processes = node.processes()
+    names = {process.pid: process.comm for process in processes}
+    return [process for process in processes
+            if process.comm == comm and names.get(process.parent) != comm]
+
+
+def find_shims(ctr: Ctr) -> list[NodeProcess]:
+    """List the serving shims of the runtime under test."""
+    name = "containerd-shim-kata-v2" if ctr.runtime == KATA else "containerd-shim-runc-v2"
+    daemons = {process.pid for process in ctr.node.find("/containerd -c ")}
+    return [process for process in ctr.node.find(name)
+            if process.parent not in daemons and process.parent in {0, 1}]
+
+
+def find_one(node: Node, comm: str) -> NodeProcess:
+    """Return the only part of this name."""
+    found = find_parts(node, comm)
+    assert len(found) == 1, found
+    return found[0]

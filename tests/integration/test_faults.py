@@ -1,0 +1,235 @@
+"""Parts die or hang under a running container: exit 137 at once, a reason, nothing left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.containerd_api import CallFailed, EventLog, Tasks, field_values
+from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.node import CONFIGURATION
+from tests.harness.parts import VIRTIOFSD, VMM, VSOCK, find_one, find_shims
+from tests.harness.shim_client import ShimClient
+
+if TYPE_CHECKING:
+    from tests.harness.node import Node
+
+pytestmark = pytest.mark.usefixtures("kata_only")
+
+#: Writes to sysrq, but never if the container should be running on the host's own kernel.
+_SYSRQ = '[ "$(uname -r)" != "{release}" ] && echo {key} >/proc/sysrq-trigger; sleep 1000'
+
+
+@pytest.fixture
+def tasks(node: Node) -> Iterator[Tasks]:
+    with Tasks(node) as connection:
+        yield connection
+
+
+def expect_137_within(events: EventLog, container: str, begin: float, limit_s: float) -> None:
+    exited = events.expect("/tasks/exit", container, timeout_s=limit_s + 5)
+    assert time.monotonic() - begin < limit_s
+    assert field_values(exited.event.value)[4] == 137
+
+
+def test_killed_vmm_means_137_within_a_second_and_a_reason(
+        node: Node, ctr: Ctr, tasks: Tasks) -> None:
+    container = fresh_id("vmm")
+    ctr.start(container, "sleep", "1000")
+    with EventLog(node) as events:
+        waiting = tasks.wait_later(container)
+        begin = time.monotonic()
+        node.signal(find_one(node, VMM).pid, "KILL")
+        expect_137_within(events, container, begin, 1)
+        assert waiting.exit_status() == 137
+    assert tasks.status(container) == "STOPPED"
+    with pytest.raises(CallFailed) as refused:
+        tasks.exec(container, "late", ["true"])
+    assert "killed" in refused.value.message or "SIGKILL" in refused.value.message
+    assert "killed" in new_log(node)
+    assert tasks.delete(container) == 137
+    ctr.remove(container)
+
+
+@pytest.mark.parametrize("part", [VIRTIOFSD, VSOCK])
+def test_killed_helper_means_137_and_a_reason(
+        node: Node, ctr: Ctr, tasks: Tasks, part: str) -> None:
+    container = fresh_id("helper")
+    ctr.start(container, "sleep", "1000")
+    with EventLog(node) as events:
+        begin = time.monotonic()
+        node.signal(find_one(node, part).pid, "KILL")
+        expect_137_within(events, container, begin, 2)
+    assert tasks.wait(container) == 137
+    assert part[:9] in new_log(node)
+    assert tasks.delete(container) == 137
+    ctr.remove(container)
+
+
+def test_killed_shim_is_cleaned_up_by_containerd(node: Node, ctr: Ctr, tasks: Tasks) -> None:
+    container = fresh_id("shim")
+    ctr.start(container, "sleep", "1000")
+    shim, = find_shims(ctr)
+    with EventLog(node) as events:
+        node.signal(shim.pid, "KILL")
+        exited = events.expect("/tasks/exit", container)
+        assert field_values(exited.event.value)[4] == 137
+    ctr.remove(container)
+
+
+def test_shim_killed_while_the_vm_boots_leaves_nothing(node: Node, ctr: Ctr) -> None:
+    container = fresh_id("booting")
+    process = ctr.popen(container, "true", options=["--rm"], stderr=-1)
+    wait_for_part(node, VMM)
+    shim, = find_shims(ctr)
+    node.signal(shim.pid, "KILL")
+    _, error = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert error
+    ctr.remove(container)
+
+
+def test_client_that_gives_up_while_the_vm_boots_leaves_nothing(node: Node, ctr: Ctr) -> None:
+    container = fresh_id("impatient")
+    process = ctr.popen(container, "true", options=["--rm"], stderr=-1)
+    wait_for_part(node, VMM)
+    client, = [found for found in node.find("ctr run") if container in found.command]
+    node.signal(client.pid, "KILL")
+    process.communicate(timeout=30)
+    ctr.remove(container)
+
+
+@pytest.mark.parametrize(("key", "word"), [("c", "panic"), ("b", "re"), ("o", "power")],
+                         ids=["panic", "reboot", "poweroff"])
+def test_guest_that_ends_itself_means_137_and_says_how(
+        node: Node, ctr: Ctr, tasks: Tasks, key: str, word: str) -> None:
+    container = fresh_id("guest")
+    script = _SYSRQ.format(release=os.uname().release, key=key)
+    with EventLog(node) as events:
+        ctr.start(container, "sh", "-c", script, options=["--privileged"])
+        exited = events.expect("/tasks/exit", container)
+        assert field_values(exited.event.value)[4] == 137
+    assert tasks.wait(container) == 137
+    assert word in new_log(node).lower()
+    assert tasks.delete(container) == 137
+    ctr.remove(container)
+
+
+def test_stopped_vmm_does_not_stop_state_or_kill(node: Node, ctr: Ctr, tasks: Tasks) -> None:
+    container = fresh_id("frozen")
+    ctr.start(container, "sleep", "1000")
+    vmm = find_one(node, VMM)
+    node.signal(vmm.pid, "STOP")
+    begin = time.monotonic()
+    assert tasks.status(container) == "RUNNING"
+    assert time.monotonic() - begin < 1
+    waiting = tasks.wait_later(container)
+    tasks.kill(container, 9, timeout_s=30)
+    assert waiting.exit_status(30) == 137
+    assert time.monotonic() - begin < 20
+    assert tasks.delete(container) == 137
+    ctr.remove(container)
+
+
+@contextmanager
+def configuration(node: Node, change: Callable[[str], str]) -> Iterator[None]:
+    """Run with a changed configuration file."""
+    text = node.path(CONFIGURATION).read_text()
+    node.write(CONFIGURATION, change(text))
+    try:
+        yield
+    finally:
+        node.write(CONFIGURATION, text)
+
+
+def replace_value(text: str, key: str, value: str) -> str:
+    """Set a key of the configuration that stands at the beginning of a line."""
+    lines = [f"{key} = {value}" if line.startswith(f"{key} =") else line
+             for line in text.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def short_deadline(text: str) -> str:
+    return text.replace("[agent.kata]", "[agent.kata]\ndial_timeout = 4")
+
+
+def test_guest_that_never_answers_is_given_up_at_the_deadline(node: Node, ctr: Ctr) -> None:
+    """The initrd has an init that only sleeps: the kernel boots, no agent comes."""
+    node.run(["sh", "-c", _SILENT_INITRD])
+    container = fresh_id("silent")
+    with configuration(node, lambda text: replace_value(
+            short_deadline(text), "initrd", '"/tmp/silent.img"')):
+        begin = time.monotonic()
+        done = ctr.run(container, "true")
+        assert time.monotonic() - begin < 15
+    assert done.returncode != 0
+    assert "agent" in done.stderr
+    assert "4" in done.stderr
+    ctr.remove(container)
+    node.run(["sh", "-c", "rm -r /tmp/silent*"])
+
+
+def test_guest_without_an_init_is_reported_with_its_panic(node: Node, ctr: Ctr) -> None:
+    node.run(["sh", "-c", "cd /tmp && mkdir empty && cd empty && mkdir dev && find . | "
+              "cpio -o -H newc >/tmp/empty.img 2>/dev/null"])
+    container = fresh_id("panics")
+    with configuration(node, lambda text: replace_value(text, "initrd", '"/tmp/empty.img"')):
+        begin = time.monotonic()
+        done = ctr.run(container, "true")
+        assert time.monotonic() - begin < 20
+    assert done.returncode != 0
+    assert "panic" in done.stderr.lower(), done.stderr
+    ctr.remove(container)
+    node.run(["sh", "-c", "rm -r /tmp/empty*"])
+
+
+_SILENT_INITRD = """\
+set -e; mkdir -p /tmp/silent/bin /tmp/silent/dev; cd /tmp/silent
+cp "$(command -v busybox)" bin/busybox
+printf '#!/bin/busybox sh\\nwhile :; do /bin/busybox sleep 1000; done\\n' >init; chmod 755 init
+find . | cpio -o -H newc >/tmp/silent.img 2>/dev/null"""
+
+
+def test_full_disk_is_named_and_leaves_nothing(node: Node, ctr: Ctr) -> None:
+    node.run(["sh", "-c", "mkdir -p /run/kata && mount -t tmpfs -o size=16k tiny /run/kata && "
+              "head -c 12k /dev/zero >/run/kata/filler; true"])
+    container = fresh_id("full")
+    done = ctr.run(container, "true")
+    node.run(["umount", "/run/kata"])
+    assert done.returncode != 0
+    assert "space" in done.stderr.lower(), done.stderr
+    ctr.remove(container)
+
+
+def test_state_answers_within_50_ms_while_a_vm_boots(node: Node, ctr: Ctr) -> None:
+    container = fresh_id("busy")
+    process = ctr.popen(container, "true", options=["--rm"])
+    wait_for_part(node, VMM)
+    bundle = f"/run/containerd/io.containerd.runtime.v2.task/{node.name}/{container}"
+    address = node.path(f"{bundle}/address").read_text().removeprefix("unix://")
+    slowest = 0.0
+    with ShimClient(node.path(address)) as shim:
+        for _ in range(20):
+            begin = time.monotonic()
+            shim.state(container)
+            slowest = max(slowest, time.monotonic() - begin)
+    assert process.wait(30) == 0
+    assert slowest < 0.05
+
+
+def wait_for_part(node: Node, comm: str, timeout_s: float = 20) -> None:
+    """Wait until a part of a sandbox runs (a poll: a process of another has no event for us)."""
+    deadline = time.monotonic() + timeout_s
+    while not any(process.comm == comm for process in node.processes()):
+        assert time.monotonic() < deadline, f"no {comm} within {timeout_s} s"
+        time.sleep(0.01)
+
+
+def new_log(node: Node) -> str:
+    """Return what containerd and the shims have logged last."""
+    return node.containerd.log_path.read_text(errors="replace")[-8000:]

@@ -1,0 +1,119 @@
+"""A pod: a pause container and others, grouped by the annotations that CRI sets."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.containerd_api import Tasks
+from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.oci_image import BUSYBOX_IMAGE, PAUSE_IMAGE
+from tests.harness.parts import VMM, find_parts, find_shims
+
+if TYPE_CHECKING:
+    from tests.harness.node import Node
+
+pytestmark = pytest.mark.usefixtures("kata_only")
+
+
+@dataclass
+class Pod:
+    """Makes the containers of one pod through ctr."""
+
+    ctr: Ctr
+    sandbox: str
+    members: list[str] = field(default_factory=list)
+
+    def annotations(self, kind: str, name: str) -> list[str]:
+        values = {"container-type": kind, "sandbox-id": self.sandbox, "sandbox-name": "pod",
+                  "sandbox-namespace": "default", "sandbox-uid": "u1", "container-name": name}
+        return [word for key, value in values.items()
+                for word in ("--annotation", f"io.kubernetes.cri.{key}={value}")]
+
+    def start_sandbox(self) -> None:
+        self.ctr.start(self.sandbox, options=self.annotations("sandbox", "pause"),
+                       image=PAUSE_IMAGE)
+        self.members.append(self.sandbox)
+
+    def start(self, name: str, *command: str) -> str:
+        """Start a container that shares IPC and UTS with the pause container."""
+        container = fresh_id(name)
+        pid = self.ctr.pid(self.sandbox)
+        spaces = [word for kind in ("ipc", "uts", "network")
+                  for word in ("--with-ns", f"{kind}:/proc/{pid}/ns/{kind[:3]}")]
+        self.ctr.start(container, *command, image=BUSYBOX_IMAGE,
+                       options=[*self.annotations("container", name), *spaces])
+        self.members.append(container)
+        return container
+
+    def remove(self) -> None:
+        self.ctr.remove(*reversed(self.members))
+
+
+@pytest.fixture
+def pod(ctr: Ctr) -> Iterator[Pod]:
+    pod = Pod(ctr, fresh_id("pod"))
+    pod.start_sandbox()
+    yield pod
+    pod.remove()
+
+
+def test_pod_shares_one_vm_one_shim_ipc_and_uts_but_no_root(node: Node, ctr: Ctr, pod: Pod) -> None:
+    one, two = pod.start("one", "sleep", "1000"), pod.start("two", "sleep", "1000")
+    assert len(find_parts(node, VMM)) == 1
+    assert len(find_shims(ctr)) == 1
+
+    def inside(container: str, script: str) -> str:
+        done = ctr.exec(container, "sh", "-c", script)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    spaces = "readlink /proc/self/ns/{}"
+    assert inside(one, spaces.format("ipc")) == inside(two, spaces.format("ipc"))
+    assert inside(one, spaces.format("uts")) == inside(two, spaces.format("uts"))
+    assert inside(one, spaces.format("mnt")) != inside(two, spaces.format("mnt"))
+    assert inside(one, spaces.format("pid")) != inside(two, spaces.format("pid"))
+    inside(one, "echo mine >/tmp/file")
+    assert inside(two, "ls /tmp") == ""
+    assert inside(one, "hostname") == inside(two, "hostname")
+
+
+def test_container_joins_after_another_was_removed(node: Node, ctr: Ctr, pod: Pod) -> None:
+    first = pod.start("first", "sleep", "1000")
+    vmm, = find_parts(node, VMM)
+    with Tasks(node) as tasks:
+        tasks.kill(first, signal.SIGKILL)
+        assert tasks.wait(first) == 137
+        assert tasks.delete(first) == 137
+        assert ctr.status(pod.sandbox) == "RUNNING"
+        second = pod.start("second", "sh", "-c", "exit 5")
+        assert tasks.wait(second) == 5
+        third = pod.start("third", "sleep", "1000")
+        assert ctr.exec(third, "echo", "here").stdout == "here\n"
+    assert [part.pid for part in find_parts(node, VMM)] == [vmm.pid]
+
+
+def test_pods_vm_outlives_its_containers_and_ends_with_the_sandbox(
+        node: Node, ctr: Ctr, pod: Pod) -> None:
+    container = pod.start("only", "sleep", "1000")
+    ctr.remove(container)
+    assert ctr.status(pod.sandbox) == "RUNNING"
+    assert len(find_parts(node, VMM)) == 1
+    with Tasks(node) as tasks:
+        tasks.kill(pod.sandbox, signal.SIGTERM)
+        assert tasks.wait(pod.sandbox) == 0  # the pause program ends in order
+        tasks.delete(pod.sandbox)
+    assert find_parts(node, VMM) == []
+
+
+def test_pod_survives_a_restart_of_containerd(node: Node, ctr: Ctr, pod: Pod) -> None:
+    before = pod.start("before", "sleep", "1000")
+    node.containerd.restart()
+    assert ctr.exec(before, "echo", "still").stdout == "still\n"
+    after = pod.start("after", "sleep", "1000")
+    assert ctr.exec(after, "echo", "new").stdout == "new\n"
+    assert len(find_shims(ctr)) == 1
