@@ -16,7 +16,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Final
 
-from shimv2 import cleanup, mounts
+from shimv2 import cleanup, lean_trio, mounts
 from shimv2.cleanup import state_dir_of
 from shimv2.logs import Log, LogSink, open_bundle_log
 
@@ -89,12 +89,11 @@ def load() -> None:
     shims once these are forked from one process (perf.md B2).
     """
     gc.disable()
-    import trio
-
+    lean_trio.load()
     import ttrpc
     from shimv2 import events, task_service
 
-    del trio, ttrpc, events, task_service
+    del ttrpc, events, task_service
     gc.collect()
     gc.freeze()
     gc.enable()
