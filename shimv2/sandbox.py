@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from agent_proto.errors import AgentError, AgentStatus, AgentUnreachable
-from agent_proto.pb import agent_pb2
 from hypervisors.errors import PreconditionFailed
 from shimv2.boot import Machine, Machinery
 from shimv2.bundle import Bundle, ContainerKind
@@ -36,19 +35,14 @@ from shimv2.errors import (
     status_from,
 )
 from shimv2.failure import FailureReport, SandboxFailed
-from shimv2.guest_spec import (
-    GUEST_SHM,
-    SHARED_DIRECTORY,
-    guest_spec,
-    sandbox_hostname,
-    shares_sandbox_pid_namespace,
-)
+from shimv2.guest_requests import container_request, sandbox_request
 from shimv2.journal import Journal
 from shimv2.lifecycle import Operation, State
 from shimv2.logger import start_logger
 from shimv2.machine_plan import plan_machine
+from shimv2.oom_watch import watch_oom
 from shimv2.process import ProcessExit, exit_now
-from shimv2.rootfs import SHARE_TAG, GuestPaths, MountCalls, Share, sandbox_dns
+from shimv2.rootfs import GuestPaths, MountCalls, Share, sandbox_dns
 from shimv2.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -64,8 +58,6 @@ if TYPE_CHECKING:
 EXPLAIN_DEADLINE_S: Final = 1.0
 REMOVE_DEADLINE_S: Final = 10
 SETTLE_DEADLINE_S: Final = 2.0  # containerd gives a Shutdown 3 s
-_OOM_FIRST_PAUSE_S: Final = 0.1
-_OOM_LONGEST_PAUSE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,9 +239,9 @@ class Sandbox:
     async def start(self, container: Container, exec_id: str) -> None:
         """Start a process to the end, even if the client that asked for it leaves."""
         await self._finish(container.start, exec_id)
-        if not self._is_watching_oom:
+        if not self._is_watching_oom and not self.ended.is_set():
             self._is_watching_oom = True
-            self.start_job(self._watch_oom)
+            self.start_job(watch_oom, self.agent, self.containers.get, self.events.oom)
 
     async def delete(self, container: Container, exec_id: str) -> ProcessExit:
         """Delete a process; with the init process, its container."""
@@ -307,7 +299,8 @@ class Sandbox:
                     nursery.start_soon(prepare)
                     await machine.boot()
                 timeline.enter("setting up the sandbox in the guest")
-                await self._create_sandbox(container.bundle)
+                request = sandbox_request(container.bundle, sandbox_dns(container.bundle))
+                await self.agent.create_sandbox(request)
                 timeline.mark("sandbox")
                 timeline.enter("creating the container in the guest")
                 await self._create_in_guest(container, prepared[0])
@@ -378,49 +371,13 @@ class Sandbox:
         assert self._share is not None
         return self._share.add(container.bundle, creation.rootfs)
 
-    async def _create_sandbox(self, bundle: Bundle) -> None:
-        storages = [
-            agent_pb2.Storage(
-                driver="virtio-fs",
-                source=SHARE_TAG,
-                fstype="virtiofs",
-                mount_point=f"{SHARED_DIRECTORY}/",
-            )
-        ]
-        if bundle.kind is ContainerKind.SANDBOX:
-            # The pod's /dev/shm, one for all its containers.
-            storages.append(
-                agent_pb2.Storage(
-                    driver="ephemeral",
-                    source="shm",
-                    fstype="tmpfs",
-                    options=["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"],
-                    mount_point=str(GUEST_SHM),
-                )
-            )
-        await self.agent.create_sandbox(
-            agent_pb2.CreateSandboxRequest(
-                hostname=sandbox_hostname(bundle),
-                dns=sandbox_dns(bundle),
-                storages=storages,
-                sandbox_id=bundle.sandbox_id,
-            )
-        )
-
     async def _create_in_guest(self, container: Container, paths: GuestPaths) -> None:
         assert self._config is not None
-        bundle = container.bundle
-        request = agent_pb2.CreateContainerRequest(
-            container_id=container.id,
-            exec_id=container.id,
-            OCI=guest_spec(
-                bundle,
-                guest_root=paths.root,
-                sources=paths.sources,
-                terminal=container.init.plan.terminal,
-                seccomp=not self._config.runtime.disable_guest_seccomp,
-            ),
-            sandbox_pidns=shares_sandbox_pid_namespace(bundle.spec),
+        request = container_request(
+            container.bundle,
+            paths,
+            terminal=container.init.plan.terminal,
+            seccomp=not self._config.runtime.disable_guest_seccomp,
         )
         await container.create_in_guest(request)
 
@@ -581,30 +538,6 @@ class Sandbox:
         if error is not None:
             raise error
         return value
-
-    async def _watch_oom(self) -> None:
-        """Turn the guest's OOM kills into events: of containers of this sandbox, once each."""
-        pause_s = _OOM_FIRST_PAUSE_S
-        while not self.ended.is_set():
-            try:
-                container_id = await self.agent.get_oom_event()
-            except (AgentUnreachable, Unavailable):
-                return
-            except AgentStatus as exc:
-                if exc.code in (12, 5):  # Unimplemented, NotFound: this agent has no such events
-                    return
-                container_id = ""
-            except AgentError:
-                container_id = ""
-            container = self.containers.get(container_id)
-            if container is not None and not container.has_oom:
-                container.has_oom = True
-                self.events.oom(container)
-                pause_s = _OOM_FIRST_PAUSE_S
-                continue
-            # An answer that names nobody, or somebody again: a hostile guest could repeat it.
-            await trio.sleep(pause_s)
-            pause_s = min(pause_s * 2, _OOM_LONGEST_PAUSE_S)
 
     def _record_logger(self, record: ChildRecord) -> None:
         assert self._journal is not None

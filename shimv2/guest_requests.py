@@ -1,0 +1,73 @@
+"""The agent's requests that make a sandbox and a container, from what the bundle says. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from agent_proto.pb import agent_pb2
+from shimv2.bundle import Bundle, ContainerKind
+from shimv2.guest_spec import (
+    GUEST_SHM,
+    SHARED_DIRECTORY,
+    guest_spec,
+    sandbox_hostname,
+    shares_sandbox_pid_namespace,
+)
+from shimv2.rootfs import SHARE_TAG
+
+if TYPE_CHECKING:
+    from shimv2.rootfs import GuestPaths
+
+# Source: Kata virtcontainers/kata_agent.go setupStorages: the pod's shm, and its size by CRI.
+_SHM_OPTIONS: Final = ("noexec", "nosuid", "nodev", "mode=1777", "size=67108864")
+
+
+def sandbox_request(bundle: Bundle, dns: Sequence[str]) -> agent_pb2.CreateSandboxRequest:
+    """Mount the share, and for a pod the /dev/shm that its containers have in common."""
+    storages = [
+        agent_pb2.Storage(
+            driver="virtio-fs",
+            source=SHARE_TAG,
+            fstype="virtiofs",
+            mount_point=f"{SHARED_DIRECTORY}/",
+        )
+    ]
+    if bundle.kind is ContainerKind.SANDBOX:
+        storages.append(
+            agent_pb2.Storage(
+                driver="ephemeral",
+                source="shm",
+                fstype="tmpfs",
+                options=_SHM_OPTIONS,
+                mount_point=str(GUEST_SHM),
+            )
+        )
+    return agent_pb2.CreateSandboxRequest(
+        hostname=sandbox_hostname(bundle),
+        dns=dns,
+        storages=storages,
+        sandbox_id=bundle.sandbox_id,
+    )
+
+
+def container_request(
+    bundle: Bundle, paths: GuestPaths, *, terminal: bool, seccomp: bool
+) -> agent_pb2.CreateContainerRequest:
+    """The container's spec as the guest runs it.
+
+    Raises:
+        InvalidArgument: a part of config.json that can't be used.
+    """
+    return agent_pb2.CreateContainerRequest(
+        container_id=bundle.container_id,
+        exec_id=bundle.container_id,
+        OCI=guest_spec(
+            bundle,
+            guest_root=paths.root,
+            sources=paths.sources,
+            terminal=terminal,
+            seccomp=seccomp,
+        ),
+        sandbox_pidns=shares_sandbox_pid_namespace(bundle.spec),
+    )
