@@ -1,8 +1,8 @@
 """Imports trio without what the shim never uses of it: TLS and DTLS.
 
-trio loads `ssl`, and for DTLS `hmac` and OpenSSL's hashes: 8 ms of the way to the first answer, and
-2 MiB of every pod's memory. Stand-ins take their places while trio is imported. Should some trio want
-more of them than they have, it is imported as it is.
+trio loads `ssl`, and for DTLS `hmac` and OpenSSL's hashes: 8 ms of the way to the first answer,
+and 2 MiB of every pod's memory. Stand-ins take their places while trio is imported. Should some
+trio want more of them than they have, it is imported as it is.
 """
 
 from __future__ import annotations
