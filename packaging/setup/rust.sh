@@ -21,7 +21,7 @@ take() {
 
 from_path() {
     local cargo
-    cargo=$(command -v cargo) && good "$(dirname "$cargo")" && take "$(dirname "$cargo")" PATH
+    cargo=$(command -v cargo) && good "$(dirname "$cargo")" && take "$(dirname "$cargo")" "PATH ($(dirname "$cargo"))"
 }
 
 # Debian stable carries a current Rust under another name beside the release's own.
