@@ -58,6 +58,10 @@ class QemuDevices:
         """Take an event of the machine."""
         self._removals.on_notification(notification)
 
+    def on_end(self) -> None:
+        """The machine has ended; wakes those who wait for it."""
+        self._removals.on_end()
+
     async def attach(self, device: Device) -> GuestAddress:
         """See `VirtualMachine.attach`."""
         self._refuse_unpluggable(device)
@@ -140,6 +144,7 @@ class QemuDevices:
                 properties = qemu_argv.net_device(device)
             case _:
                 raise AssertionError(device)
+        self._removals.forget(device.id)
         await self._qmp.execute("device_add", properties | qemu_argv.port_place(plugged.port))
 
     async def _add_tap(self, device: NetDevice, plugged: _Plugged) -> None:

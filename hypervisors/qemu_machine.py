@@ -169,6 +169,7 @@ class QemuMachine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read_console)
             await self._qmp.run()
+            self._devices.on_end()
             self._facts.protocol_failure = self._qmp.failure
             self._ending.set()
         done.set()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from .errors import CommandRejected, DetachRefused
+from .errors import CommandRejected, ControlLost, DetachRefused
 
 if TYPE_CHECKING:
     from .qmp_client import QmpClient
@@ -40,12 +40,19 @@ class Removals:
         self._gone: set[str] = set()
         self._answers: dict[str, trio.Event] = {}
         self._refusals: dict[str, str] = {}
+        self._machine_ended = False
+
+    def forget(self, device_id: str) -> None:
+        """Start afresh for a device that is about to be plugged under a name used before."""
+        self._gone.discard(device_id)
+        self._asked.discard(device_id)
 
     async def remove(self, device_id: str, deadline_s: float = DETACH_DEADLINE_S) -> None:
         """Return when `device_id` has left the machine.
 
         Raises:
             DetachRefused: the guest said no or nothing; may be called again.
+            ControlError: the machine ended, or QEMU does not know the device.
         """
         answer = self._answers[device_id] = trio.Event()
         self._refusals.pop(device_id, None)
@@ -57,18 +64,19 @@ class Removals:
         finally:
             del self._answers[device_id]
         if device_id not in self._gone:
+            if self._machine_ended:
+                raise ControlLost("device_del")
             why = self._refusals.get(device_id, f"no answer within {deadline_s:g} s")
             raise DetachRefused(device_id, why)
-        self._gone.discard(device_id)
-        self._asked.discard(device_id)
+        self.forget(device_id)
 
     def on_notification(self, notification: Notification) -> None:
         """Take an event; others than unplug answers are ignored."""
         match notification.name, notification.data:
             case "DEVICE_DELETED", {"device": str(device_id)}:
-                # Noted even when nobody waits: the guest may answer after the deadline.
-                if device_id in self._asked:
-                    self._gone.add(device_id)
+                # Noted even when nobody waits: the guest may answer after the deadline, and it may
+                # eject a device unasked.
+                self._gone.add(device_id)
             case "DEVICE_DELETED", {"path": str(path)} if path.endswith(LAPIC):
                 # A vCPU's own removal is not announced, that of its interrupt controller is.
                 # Observed: QEMU 7.2.22.
@@ -84,6 +92,12 @@ class Removals:
                 return
         if device_id in self._answers:
             self._answers[device_id].set()
+
+    def on_end(self) -> None:
+        """The machine has ended: nobody will answer any more."""
+        self._machine_ended = True
+        for answer in self._answers.values():
+            answer.set()
 
     def _refuse(self, device_id: str, why: str) -> None:
         self._refusals[device_id] = why

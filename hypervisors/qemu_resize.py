@@ -48,6 +48,7 @@ class QemuResize:
         for slot in absent[: max(0, count - len(present))]:
             props = cast("dict[str, JsonValue]", slot["props"])
             name = CPU_PREFIX + "-".join(str(props[key]) for key in CPU_PLACES if key in props)
+            self._removals.forget(name)
             await self._qmp.execute("device_add", {"driver": slot["type"], "id": name, **props})
         if self._accelerator == "tcg":
             # Observed: QEMU 7.2.22 aborts when a vCPU is added after one was removed under TCG
@@ -121,6 +122,7 @@ class QemuResize:
                 "grow in fewer, larger steps",
             )
         name = f"{DIMM_PREFIX}{free[0]}"
+        self._removals.forget(name)
         await self._qmp.execute("object-add", qemu_argv.memory_backend(f"m-{name}", size))
         try:
             properties: dict[str, JsonValue] = {"driver": "pc-dimm", "id": name}
