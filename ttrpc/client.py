@@ -195,7 +195,7 @@ class Client:
                 await self._transport.drain()
                 await pending.answered.wait()
             else:
-                with trio.move_on_after(timeout_s):
+                with trio.move_on_after(max(timeout_s, 0)):
                     await self._transport.drain()
                     await pending.answered.wait()
         finally:

@@ -262,12 +262,12 @@ class Session:
         if scope.cancelled_caught:
             status = Status(Code.DEADLINE_EXCEEDED, f"{context.method} took too long")
             return Response(stream_id, b"", status)
-        if result is not None:
+        if isinstance(result, bytes):
             return Response(stream_id, result)
-        if stream_id not in self._streams:
-            fault = TypeError("handler returned None, not bytes")
-            return self._failure(context, stream_id, fault)
-        return Data(stream_id, None, is_end=True)
+        if result is None and stream_id in self._streams:
+            return Data(stream_id, None, is_end=True)
+        fault = TypeError(f"handler returned {type(result).__name__}, not bytes")
+        return self._failure(context, stream_id, fault)
 
     def _refuse(self, request: Request, code: Code, message: str) -> bytes:
         return self._encode(Response(request.stream_id, b"", Status(code, message)))

@@ -29,6 +29,11 @@ SCENARIOS: Final = {
 }
 TEXT_IS_OURS: Final = {"oversized_request", "undecodable_request", "unary_timed_out"}
 """Where the code must be Go's and the message need not."""
+WRITTEN_BY_HAND: Final = {
+    "data_on_inactive_stream", "even_stream_id", "oversized_request", "reused_stream_id",
+    "undecodable_request", "unknown_type",
+}  # fmt: skip
+"""Frames that neither client sends."""
 TASK_SERVICE: Final = "containerd.task.v2.Task"
 
 
@@ -123,13 +128,10 @@ def status_code(data: bytes) -> tuple[int, bytes]:
     return (event.status.code if event.status else 0, event.payload)
 
 
-@pytest.mark.parametrize("name", sorted(SCENARIOS))
+@pytest.mark.parametrize("name", sorted(SCENARIOS.keys() - WRITTEN_BY_HAND))
 def test_our_client_sends_the_same_bytes_as_gos_client(name):
     """What is decoded on the server's side is encoded again on the client's."""
     server, client = Connection(Role.SERVER), Connection(Role.CLIENT)
-    by_hand = "stream_id" in name or ("stream" not in name and name.endswith("_request"))
-    if by_hand or name in ("data_on_inactive_stream", "unknown_type"):
-        pytest.skip("frames that no client of ours sends")
     for data in sent_by(name, "client"):
         (event,) = server.receive_data(data)
         assert isinstance(event, Request | Data)
