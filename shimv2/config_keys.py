@@ -134,7 +134,6 @@ REFUSED: dict[str, dict[str, str]] = {
 """Key -> why its value can't be obeyed. Neutral values (false, "", 0, []) are accepted."""
 
 
-
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

@@ -142,9 +142,7 @@ def _status(error: BaseException) -> Status:
     return Status(*status_from(error))
 
 
-async def _watch_signals(
-    service: Service, log: Log, *, task_status: trio.TaskStatus[None]
-) -> None:
+async def _watch_signals(service: Service, log: Log, *, task_status: trio.TaskStatus[None]) -> None:
     """SIGTERM and SIGINT stop the sandbox, SIGUSR1 writes every task's stack to the log."""
     import trio
 
@@ -169,9 +167,7 @@ def dump_tasks(log: Log) -> None:
     pending = [root] if root is not None else []
     while pending:
         task = pending.pop()
-        frames = [
-            f"{frame.f_code.co_name}:{number}" for frame, number in task.iter_await_frames()
-        ]
+        frames = [f"{frame.f_code.co_name}:{number}" for frame, number in task.iter_await_frames()]
         log.info("task", name=task.name, waits_in=" > ".join(frames[-8:]))
         for nursery in task.child_nurseries:
             pending.extend(nursery.child_tasks)

@@ -119,9 +119,7 @@ def parse_options(options: Sequence[str]) -> MountOptions:
     return MountOptions(flags, propagation, ",".join(data))
 
 
-def mount(
-    source: str, target: str | int, fstype: str = "", flags: int = 0, data: str = ""
-) -> None:
+def mount(source: str, target: str | int, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """mount(2). A descriptor as target means the very file it has open. Raises `MountFailed`."""
     place = _place(target)
     result = _libc.mount(

@@ -33,9 +33,7 @@ _BACKLOG = 128
 
 def run(flags: Flags) -> NoReturn:
     """Do what the module says. Leaves by `_exit`, in both processes. Raises `ShimError`."""
-    invocation = bootstrap.read_invocation(
-        flags, posix.environ, stdin=bootstrap.read_stdin()
-    )
+    invocation = bootstrap.read_invocation(flags, posix.environ, stdin=bootstrap.read_stdin())
     bootstrap.classify(invocation)
     if invocation.kind == bootstrap.CONTAINER:
         # The sandbox's shim serves this one too; if it died, containerd finds out by connecting.

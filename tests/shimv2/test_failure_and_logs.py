@@ -46,9 +46,7 @@ def test_no_cause_is_made_up():
     assert "likely cause" not in report(elapsed_s=1.0, error="EINVAL", vm_exit="ended").text()
 
 
-@given(
-    st.text(), st.lists(st.text(max_size=3000), max_size=30), st.text(max_size=5000), st.text()
-)
+@given(st.text(), st.lists(st.text(max_size=3000), max_size=30), st.text(max_size=5000), st.text())
 def test_no_text_is_longer_than_a_status_may_be(error, console, vm_exit, phase):
     made = report(error=error, console_tail=console, vm_exit=vm_exit, phase=phase[:200])
     assert len(made.text().encode("utf-8", "replace")) <= errors.MAX_MESSAGE_BYTES

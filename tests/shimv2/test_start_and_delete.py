@@ -250,9 +250,7 @@ def test_a_dead_shims_socket_is_replaced(shim):
 
 
 def test_a_pods_container_gets_the_sandboxs_address_and_no_process(shim):
-    sandbox = shim.bundle(
-        "pod", '{"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}'
-    )
+    sandbox = shim.bundle("pod", '{"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}')
     member = shim.bundle(
         "member",
         '{"annotations": {"io.kubernetes.cri.container-type": "container",'
@@ -340,9 +338,7 @@ def test_delete_ends_a_shim_that_containerd_has_given_up(shim):
 
 
 def test_delete_of_a_pods_container_leaves_the_pod_alone(shim):
-    sandbox = shim.bundle(
-        "pod", '{"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}'
-    )
+    sandbox = shim.bundle("pod", '{"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}')
     member = shim.bundle(
         "member",
         '{"annotations": {"io.kubernetes.cri.container-type": "container",'
