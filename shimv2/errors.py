@@ -117,6 +117,8 @@ def status_from(error: BaseException) -> tuple[Code, str]:
 
     error = representative(error)
     text = str(error) or type(error).__name__
+    if type(error).__name__ == "StatusError":  # its str() begins with the code
+        text = str(getattr(error, "message", text))
     notes = getattr(error, "__notes__", ())
     if notes:
         text = "; ".join([text, *notes])

@@ -142,6 +142,10 @@ def test_every_error_has_its_status(error, code):
     assert text
 
 
+def test_a_status_keeps_its_text_on_a_second_way_through():
+    assert status_from(StatusError(*status_from(NotFound("no c1")))) == (Code.NOT_FOUND, "no c1")
+
+
 def test_notes_of_a_cleanup_are_told_too():
     error = NotFound("container x not found")
     error.add_note("undoing failed as well")
