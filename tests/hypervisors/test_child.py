@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import select
@@ -249,13 +250,21 @@ async def test_child_dies_with_its_parent(when):
     pid, *rest = said.split()
     assert parent.exit == ChildExit(code=None, signal=signal.SIGKILL)
     assert when == "running" or rest == []
-    assert not exists(int(pid))
+    await wait_gone(int(pid))
 
 
 async def read(fd):
     await trio.lowlevel.wait_readable(fd)
     assert select.select([fd], [], [], 0)[0]
     return os.read(fd, 4096)
+
+
+async def wait_gone(pid):
+    """A process closes its files before it has ended; this waits for the end."""
+    with contextlib.suppress(ProcessLookupError), trio.fail_after(10):
+        pidfd = os.pidfd_open(pid)
+        await trio.lowlevel.wait_readable(pidfd)
+        os.close(pidfd)
 
 
 def exists(pid):
