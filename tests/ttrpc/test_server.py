@@ -404,7 +404,13 @@ def test_sockets_without_credentials_have_none():
 async def test_accept_survives_running_out_of_descriptors(listener):
     """Real EMFILE: accepting pauses, goes on when there is room, and open connections live."""
     reports: list[BaseException | None] = []
-    server = Server(BASIC, report=lambda _message, error: reports.append(error))
+    reported = trio.Event()
+
+    def report(_message: str, error: BaseException | None) -> None:
+        reports.append(error)
+        reported.set()
+
+    server = Server(BASIC, report=report)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
@@ -414,8 +420,7 @@ async def test_accept_survives_running_out_of_descriptors(listener):
             assert (await first.response()).payload == b"x"
             second = dial_at_limit(listener)
             try:
-                while not reports:
-                    await trio.lowlevel.checkpoint()
+                await reported.wait()
                 await first.send(request(3, "Echo", b"y"))
                 assert (await first.response()).payload == b"y"
             finally:
