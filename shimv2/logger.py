@@ -51,7 +51,12 @@ class LoggerProcess:
 
 
 async def start_logger(
-    command: LoggerCommand, *, container_id: str, namespace: str, record: Recorder
+    command: LoggerCommand,
+    *,
+    container_id: str,
+    namespace: str,
+    record: Recorder,
+    ready_deadline_s: float = READY_DEADLINE_S,
 ) -> LoggerProcess:
     """Start a logger and wait until it is ready.
 
@@ -77,7 +82,7 @@ async def start_logger(
         fds.remove(out_write)
         fds.remove(err_write)
         try:
-            await _wait_ready(command, ready_read)
+            await _wait_ready(command, ready_read, ready_deadline_s)
         except BaseException:
             with trio.CancelScope(shield=True):  # bounded by the child's own reap deadline
                 logger.stdout.close()
@@ -109,13 +114,13 @@ async def _spawn(
         raise FailedPrecondition(f"logger {command.path} cannot be started: {exc}") from exc
 
 
-async def _wait_ready(command: LoggerCommand, ready: int) -> None:
+async def _wait_ready(command: LoggerCommand, ready: int, deadline_s: float) -> None:
     os.set_blocking(ready, False)
-    with trio.move_on_after(READY_DEADLINE_S) as waiting:
+    with trio.move_on_after(deadline_s) as waiting:
         await trio.lowlevel.wait_readable(ready)
     if waiting.cancelled_caught:
         raise DeadlineExceeded(
-            f"logger {command.path} was not ready after {READY_DEADLINE_S:g} s; "
+            f"logger {command.path} was not ready after {deadline_s:g} s; "
             "it must close descriptor 5 when it is"
         )
     if not os.read(ready, 1) and command.must_report_ready:

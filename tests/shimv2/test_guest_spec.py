@@ -1,0 +1,169 @@
+"""config.json as ctr and CRI make it -> what the agent gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from shimv2.bundle import Bundle, ContainerKind
+from shimv2.errors import InvalidArgument, ShimError, Unimplemented
+from shimv2.guest_spec import (
+    guest_process_message,
+    guest_resources,
+    guest_spec,
+    sandbox_hostname,
+    shared_mounts,
+    shares_sandbox_pid_namespace,
+)
+from tests.shimv2.shim_bench import spec
+
+VECTORS = Path(__file__).parent.parent / "vectors" / "oci"
+ROOT = PurePosixPath("/run/kata-containers/shared/containers/c1/rootfs")
+
+
+def bundle(config: dict[str, Any], kind: ContainerKind = ContainerKind.SINGLE) -> Bundle:
+    return Bundle(container_id="c1", path=Path("/b"), spec=config, kind=kind, sandbox_id="c1")
+
+
+def made(config: dict[str, Any], *, terminal: bool = False, seccomp: bool = False) -> Any:
+    sources = {m.index: PurePosixPath("/share") / str(m.index) for m in shared_mounts(config)}
+    return guest_spec(
+        bundle(config), guest_root=ROOT, sources=sources, terminal=terminal, seccomp=seccomp
+    )
+
+
+def vector(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((VECTORS / name).read_text())
+    return found
+
+
+def test_a_spec_of_ctr_loses_only_what_is_the_hosts() -> None:
+    config = vector("ctr-run.json")
+    sent = made(config)
+    assert sent.Version == config["ociVersion"]
+    assert list(sent.Process.Args) == config["process"]["args"]
+    assert list(sent.Process.Env) == config["process"]["env"]
+    assert sent.Process.NoNewPrivileges
+    assert list(sent.Process.Capabilities.Bounding) == config["process"]["capabilities"]["bounding"]
+    assert sent.Process.Rlimits[0].Type == "RLIMIT_NOFILE"
+    assert sent.Root.Path == str(ROOT)
+    assert [m.destination for m in sent.Mounts] == [m["destination"] for m in config["mounts"]]
+    assert [m.source for m in sent.Mounts] == [m["source"] for m in config["mounts"]]
+    assert {n.Type: n.Path for n in sent.Linux.Namespaces} == {"ipc": "", "uts": "", "mount": ""}
+    assert sent.Linux.CgroupsPath == "/c1"
+    assert list(sent.Linux.MaskedPaths) == config["linux"]["maskedPaths"]
+    assert list(sent.Linux.ReadonlyPaths) == config["linux"]["readonlyPaths"]
+    assert not sent.Linux.Resources.Devices
+    assert not sent.HasField("Hooks")
+    assert not sent.Linux.HasField("Seccomp")
+
+
+def test_a_container_of_cri_shares_its_files_and_joins_its_pod() -> None:
+    config = vector("cri-container.json")
+    planned = {str(m.destination): m for m in shared_mounts(config)}
+    assert set(planned) == {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/data"}
+    assert planned["/data"].read_only
+    assert not planned["/etc/hosts"].read_only
+    sent = made(config)
+    mounts = {m.destination: m for m in sent.Mounts}
+    assert mounts["/etc/hosts"].source.startswith("/share/")
+    assert mounts["/dev/shm"].source == "/run/kata-containers/sandbox/shm"
+    assert all(not n.Path for n in sent.Linux.Namespaces)
+    assert sent.Process.OOMScoreAdj == 1000
+    assert sent.Process.ApparmorProfile == ""
+    assert sent.Linux.Resources.Memory.Limit == 64 << 20
+    assert (sent.Linux.Resources.CPU.Quota, sent.Linux.Resources.CPU.Period) == (50000, 100000)
+    assert sent.Linux.Resources.CPU.Cpus == ""
+    assert not sent.Linux.HasField("Seccomp")
+    assert made(config, seccomp=True).Linux.Seccomp.DefaultAction == "SCMP_ACT_ERRNO"
+    assert not shares_sandbox_pid_namespace(config)
+
+
+def test_a_shared_process_namespace_is_asked_of_the_agent() -> None:
+    config = spec(linux={"namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}]})
+    assert shares_sandbox_pid_namespace(config)
+    assert not made(config).Linux.Namespaces
+
+
+def test_hooks_never_reach_the_guest() -> None:
+    assert not made(spec(hooks={"prestart": [{"path": "/bin/hook"}]})).HasField("Hooks")
+
+
+def test_the_request_decides_on_the_terminal() -> None:
+    assert made(spec(), terminal=True).Process.Terminal
+    assert not made(spec(process={"terminal": True, "args": ["a"], "cwd": "/"})).Process.Terminal
+
+
+def test_binds_of_the_hosts_system_directories_are_the_guests() -> None:
+    config = spec(mounts=[{"destination": "/d", "type": "bind", "source": "/dev/null",
+                           "options": ["bind"]}])  # fmt: skip
+    assert not shared_mounts(config)
+    assert made(config).Mounts[0].source == "/dev/null"
+
+
+@pytest.mark.parametrize(
+    ("mount", "error", "text"),
+    [
+        ({"type": "nfs", "source": "s:/x"}, InvalidArgument, "nfs"),
+        ({"type": "overlay", "source": "o"}, InvalidArgument, "overlay"),
+        ({"type": "bind", "source": "/x", "options": ["idmap"]}, Unimplemented, "id-mapped"),
+    ],
+)
+def test_a_mount_no_guest_can_have_is_refused_with_a_sentence(
+    mount: dict[str, Any], error: type[ShimError], text: str
+) -> None:
+    with pytest.raises(error, match=f"/dest.*{text}"):
+        shared_mounts(spec(mounts=[{"destination": "/dest", **mount}]))
+
+
+def test_devices_that_every_linux_has_are_kept_and_others_refused() -> None:
+    fuse = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
+    assert made(spec(linux={"devices": [fuse]})).Linux.Devices[0].Path == "/dev/fuse"
+    disk = {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
+    with pytest.raises(InvalidArgument, match="privileged_without_host_devices"):
+        made(spec(linux={"devices": [disk]}))
+
+
+def test_a_privileged_container_keeps_its_access_to_all_devices() -> None:
+    deny = {"allow": False, "access": "rwm"}
+    allow = {"allow": True, "access": "rwm"}
+    assert guest_resources({"devices": [deny, allow]})["devices"] == [allow]
+    assert "devices" not in guest_resources({"devices": [allow, deny]})
+    one = {"allow": True, "type": "c", "major": 1, "minor": 3, "access": "rwm"}
+    assert "devices" not in guest_resources({"devices": [deny, one]})
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"process": {"args": ["a"], "cwd": "/", "user": {"uid": "root"}}}, "process.user.uid"),
+        ({"process": {"args": ["a"], "cwd": "/", "user": {"uid": -1}}}, "process.user.uid"),
+        ({"process": {"args": ["a"], "cwd": "/", "env": "A=b"}}, "process.env"),
+        ({"process": {"args": ["a"], "cwd": "/", "rlimits": [3]}}, r"process.rlimits\[0\]"),
+        ({"linux": {"resources": {"memory": {"limit": 1 << 70}}}}, "memory.limit"),
+        ({"linux": {"sysctl": ["a"]}}, "linux.sysctl"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_its_path(
+    change: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=where):
+        made({**spec(), **change})
+
+
+def test_the_vm_is_named_after_the_pod() -> None:
+    assert sandbox_hostname(bundle(spec(hostname="web-0"))) == "web-0"
+    assert sandbox_hostname(bundle(spec())) == "c1"
+    assert len(sandbox_hostname(bundle(spec(hostname="x" * 100)))) == 63
+
+
+def test_an_execs_process_keeps_what_it_has() -> None:
+    process = {"args": ["a"], "cwd": "/", "user": {"uid": 5, "additionalGids": [6]},
+               "selinuxLabel": "s", "consoleSize": {"height": 24, "width": 80}}  # fmt: skip
+    message = guest_process_message(process, terminal=True)
+    assert (message.User.UID, list(message.User.AdditionalGids)) == (5, [6])
+    assert message.SelinuxLabel == ""
+    assert (message.ConsoleSize.Height, message.ConsoleSize.Width) == (24, 80)
