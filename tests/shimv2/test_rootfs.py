@@ -1,0 +1,146 @@
+"""What gets into the share, in which order, and what is refused. No mount is made here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shimv2.bundle import Bundle, ContainerKind
+from shimv2.errors import InvalidArgument
+from shimv2.journal import Journal
+from shimv2.mounts import MountFailed
+from shimv2.rootfs import Share, sandbox_dns
+from tests.shimv2.shim_bench import FakeMounts, overlay, spec
+
+
+class Bench:
+    def __init__(self, root: Path) -> None:
+        self.state = root / "state"
+        self.state.mkdir()
+        self.calls = FakeMounts()
+        self.journal = Journal.open(str(self.state / "journal"))
+        self.share = Share(self.state, self.journal, self.calls)
+        self.share.prepare()
+        self.path = root / "bundle"
+        (self.path / "rootfs").mkdir(parents=True)
+
+    def bundle(self, *mounts: dict[str, Any]) -> Bundle:
+        config = spec(mounts=list(mounts))
+        return Bundle(
+            container_id="c1",
+            path=self.path,
+            spec=config,
+            kind=ContainerKind.SINGLE,
+            sandbox_id="c1",
+        )
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def bind(source: Path, destination: str = "/v", *options: str) -> dict[str, Any]:
+    return {
+        "destination": destination,
+        "type": "bind",
+        "source": str(source),
+        "options": ["rbind", *options],
+    }
+
+
+def test_the_share_is_the_read_only_peer_of_a_shared_mount(bench: Bench) -> None:
+    mounts, share = str(bench.state / "mounts"), str(bench.state / "share")
+    assert bench.calls.calls == [("shared", mounts), ("bind", mounts, share, True)]
+    assert str(bench.share.path) == share
+
+
+def test_a_snapshotters_mounts_go_straight_into_the_share(bench: Bench) -> None:
+    paths = bench.share.add(bench.bundle(), [overlay("o")])
+    assert bench.calls.calls[-1] == ("rootfs", ["o"], str(bench.state / "mounts/c1/rootfs"))
+    assert str(paths.root) == "/run/kata-containers/shared/containers/c1/rootfs"
+
+
+def test_without_mounts_the_directory_of_the_spec_is_bound(bench: Bench) -> None:
+    bench.share.add(bench.bundle(), [])
+    assert bench.calls.calls[-1][:2] == ("bind", str(bench.path / "rootfs"))
+
+
+def test_a_rootfs_that_is_no_directory_is_refused(bench: Bench) -> None:
+    (bench.path / "rootfs").rmdir()
+    with pytest.raises(InvalidArgument, match="rootfs is not a directory"):
+        bench.share.add(bench.bundle(), [])
+
+
+def test_an_unknown_rootfs_type_is_refused_by_name(bench: Bench) -> None:
+    bench.calls.error = MountFailed("mount", "/x", errno.ENODEV)
+    with pytest.raises(InvalidArgument, match="'overlay'"):
+        bench.share.add(bench.bundle(), [overlay()])
+
+
+def test_files_and_directories_are_bound_each_on_its_kind(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dir").mkdir()
+    paths = bench.share.add(
+        bench.bundle(bind(tmp_path / "file", "/f", "ro"), bind(tmp_path / "dir", "/d")), []
+    )
+    assert [str(path) for path in paths.sources.values()] == [
+        "/run/kata-containers/shared/containers/c1-0-file",
+        "/run/kata-containers/shared/containers/c1-1-dir",
+    ]
+    assert (bench.state / "mounts/c1-0-file").is_file()
+    assert (bench.state / "mounts/c1-1-dir").is_dir()
+    assert [call[3] for call in bench.calls.calls[-2:]] == [True, False]
+
+
+def test_a_missing_source_is_named(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"/v: source .*gone: No such file"):
+        bench.share.add(bench.bundle(bind(tmp_path / "gone")), [])
+
+
+def test_a_socket_of_the_host_is_refused_with_a_sentence(bench: Bench, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        with pytest.raises(InvalidArgument, match="a unix socket of the host"):
+            bench.share.add(bench.bundle(bind(tmp_path / "s")), [])
+
+
+def test_a_fifo_of_the_host_is_refused_with_a_sentence(bench: Bench, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f")
+    with pytest.raises(InvalidArgument, match="a fifo of the host"):
+        bench.share.add(bench.bundle(bind(tmp_path / "f")), [])
+
+
+def test_removal_takes_back_one_container_and_leaves_the_others(
+    bench: Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    bench.share.add(bench.bundle(bind(tmp_path / "file")), [overlay()])
+    bench.share.remove("c1")
+    assert os.listdir(bench.state / "mounts") == []
+    assert (tmp_path / "file").read_text() == "kept"
+    assert {entry.fields.get("path") for entry in bench.journal.held if entry.kind == "directory"} \
+        == {str(bench.state / "mounts"), str(bench.state / "share")}  # fmt: skip
+
+
+def test_every_step_is_journalled_before_it_is_taken(bench: Bench) -> None:
+    bench.calls.error = MountFailed("mount", "/x", errno.EIO)
+    with pytest.raises(MountFailed):
+        bench.share.add(bench.bundle(), [overlay()])
+    kinds = [entry.kind for entry in bench.journal.held if entry.container == "c1"]
+    assert kinds == ["directory", "directory", "mount"]
+
+
+def test_the_pods_resolv_conf_is_read_when_the_spec_brings_one(
+    bench: Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "r").write_text("nameserver 1.2.3.4\n")
+    assert sandbox_dns(bench.bundle(bind(tmp_path / "r", "/etc/resolv.conf"))) == [
+        "nameserver 1.2.3.4"
+    ]
+    assert sandbox_dns(bench.bundle()) == []
