@@ -1,10 +1,22 @@
 //! One container's cgroup (version 2): statistics, killing, OOM counts.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use crate::boot::CGROUP_ROOT;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+
+use crate::io::Pollable;
+use crate::status::{Code, Context, Result, Status};
+
+/// Where version 2 is mounted: alone, or beside version 1 on a host that has both.
+fn mount_point() -> &'static str {
+    const ALONE: &str = crate::boot::CGROUP_ROOT;
+    const BESIDE: &str = "/sys/fs/cgroup/unified";
+    if Path::new(BESIDE).exists() { BESIDE } else { ALONE }
+}
 
 /// All containers' cgroups are below this one, so that no id can meet a file of the root cgroup.
 pub const PARENT: &str = "/kata";
@@ -18,8 +30,56 @@ pub struct Cgroup {
 impl Cgroup {
     pub fn of_container(id: &str) -> Self {
         let name = format!("{PARENT}/{id}");
-        let path = PathBuf::from(format!("{CGROUP_ROOT}{name}"));
+        let path = PathBuf::from(format!("{}{name}", mount_point()));
         Self { name, path }
+    }
+
+    /// Makes it and opens its directory.
+    pub fn create(&self) -> io::Result<OwnedFd> {
+        fs::create_dir(&self.path)?;
+        Ok(File::open(&self.path)?.into())
+    }
+
+    pub fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        fs::write(self.path.join(file), value)
+    }
+
+    /// Waits for a line of `cgroup.events` to have a value.
+    pub async fn wait_event(&self, key: &str, value: u64, timeout: Duration) -> Result<()> {
+        let reached = || {
+            // A cgroup that is gone has no processes and nothing frozen.
+            let text = self.read("cgroup.events");
+            text.is_none_or(|text| field(&text, key) == Some(value))
+        };
+        if reached() {
+            return Ok(());
+        }
+        let what = || format!("events of cgroup {}", self.path.display());
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context(what)?;
+        inotify
+            .add_watch(&self.path.join("cgroup.events"), AddWatchFlags::IN_MODIFY)
+            .context(what)?;
+        let changes = Pollable::new(inotify.as_fd().try_clone_to_owned().context(what)?);
+        let changes = changes.context(what)?;
+        let wait = async {
+            let mut buffer = [0; 512];
+            while !reached() {
+                changes.read(&mut buffer).await?;
+            }
+            io::Result::Ok(())
+        };
+        match tokio::time::timeout(timeout, wait).await {
+            Ok(result) => result.context(what),
+            Err(_) => {
+                let text = format!("{} did not become {key} {value}", self.path.display());
+                Err(Status::new(Code::DeadlineExceeded, text))
+            }
+        }
+    }
+
+    /// Removes it and those that its processes have made below it; none may have a process left.
+    pub fn remove(&self) -> io::Result<()> {
+        remove_tree(&self.path)
     }
 
     pub fn read(&self, file: &str) -> Option<String> {
@@ -50,6 +110,20 @@ impl Cgroup {
     }
 }
 
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => return other,
+    }
+    for entry in fs::read_dir(path)?.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
 /// The value of a `key value` line.
 pub fn field(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
@@ -60,7 +134,7 @@ pub fn field(text: &str, key: &str) -> Option<u64> {
 
 /// Makes the parent of all containers' cgroups.
 pub fn prepare_parent() -> io::Result<()> {
-    let path = format!("{CGROUP_ROOT}{PARENT}");
+    let path = format!("{}{PARENT}", mount_point());
     if !Path::new(&path).exists() {
         fs::create_dir(&path)?;
     }

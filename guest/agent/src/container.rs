@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 use tokio::sync::Mutex;
 
 use crate::cgroup::Cgroup;
+use crate::native;
 use crate::pb::grpc;
 use crate::reaper::Exit;
 use crate::status::{Context, Result, Status};
@@ -49,13 +49,17 @@ impl Process {
         mask & (1 << (signal as u32 - 1)) != 0
     }
 
-    pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.pid)
-    }
+}
+
+/// Who made the container, and so who must be asked about it.
+pub enum Engine {
+    Native(native::Waiting),
+    Crun,
 }
 
 pub struct Container {
     pub id: String,
+    pub engine: Engine,
     /// The agent's own directory for it, in the guest.
     pub bundle: PathBuf,
     pub cgroup: Cgroup,

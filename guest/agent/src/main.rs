@@ -18,6 +18,7 @@ mod logging;
 mod metrics;
 mod modules;
 mod mount_options;
+mod native;
 mod netlink;
 mod network;
 mod oom;

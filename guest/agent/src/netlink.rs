@@ -18,9 +18,8 @@ pub struct Netlink {
     sequence: u32,
 }
 
-/// A message of a dump: its type and what follows the netlink header.
+/// A message of a dump: what follows the netlink header.
 pub struct Message {
-    pub kind: u16,
     pub body: Vec<u8>,
 }
 
@@ -106,7 +105,7 @@ impl Netlink {
                     match i32::from(kind) {
                         libc::NLMSG_DONE => return Ok(()),
                         libc::NLMSG_ERROR => return outcome(body),
-                        _ => take(Message { kind, body: body.to_vec() }),
+                        _ => take(Message { body: body.to_vec() }),
                     }
                 }
                 rest = &rest[align(length).min(rest.len())..];
@@ -163,13 +162,13 @@ mod tests {
     #[test]
     fn attributes_that_were_written_are_read_back() {
         let Body(body) = Body::new(&[1, 2, 3]).attribute(7, b"abcde").attribute(9, &[]);
-        let message = Message { kind: 1, body };
+        let message = Message { body };
         assert_eq!(message.attributes(3), [(7, b"abcde".as_slice()), (9, b"".as_slice())]);
     }
 
     #[test]
     fn attribute_that_claims_too_much_ends_at_the_message() {
-        let message = Message { kind: 1, body: vec![200, 0, 7, 0, 1, 2] };
+        let message = Message { body: vec![200, 0, 7, 0, 1, 2] };
         assert_eq!(message.attributes(0), [(7, [1, 2].as_slice())]);
     }
 }

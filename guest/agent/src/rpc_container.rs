@@ -10,11 +10,13 @@ use tokio::sync::Mutex;
 
 use crate::agent::Agent;
 use crate::cgroup::Cgroup;
-use crate::container::{Container, Process, check_id};
+use crate::container::{Container, Engine, Process, check_id};
 use crate::pb::grpc;
 use crate::rpc_process::refuse_raw_ports;
+use crate::reaper::Exit;
 use crate::status::{Code, Context, Result, Status};
-use crate::{info, spec, spec_json};
+use crate::stdio::Stdio;
+use crate::{info, native, spec, spec_json};
 
 /// Source: kata agent protocol, "OCI spec as the agent wants it".
 pub const CONTAINER_BASE: &str = "/run/kata-containers";
@@ -39,7 +41,10 @@ impl Agent {
                 Ok(())
             }
             Err(status) => {
-                let _ = self.runtime.delete(&id, &bundle).await;
+                if bundle.join("config.json").exists() {
+                    let _ = self.runtime.delete(&id, &bundle).await;
+                }
+                let _ = native::delete(&Cgroup::of_container(&id), None).await;
                 self.release_storages(&storages);
                 let _ = fs::remove_dir_all(&bundle);
                 Err(status)
@@ -59,18 +64,14 @@ impl Agent {
         fs::create_dir_all(bundle).context(|| format!("making {}", bundle.display()))?;
         let cgroup = Cgroup::of_container(&id);
         spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow(), request.sandbox_pidns)?;
-        let config = bundle.join("config.json");
-        fs::write(&config, spec_json::config(&spec))
-            .context(|| format!("writing {}", config.display()))?;
+        let (engine, (pid, exit), io) = self.make_init(&id, &spec, &cgroup, bundle).await?;
         let init_spec = spec.process.take().unwrap_or_default();
-        let ((pid, exit), io) = self
-            .launch(init_spec.terminal, async |io| self.runtime.create(&id, bundle, io).await)
-            .await?;
         if request.sandbox_pidns {
             self.sandbox.borrow_mut().share_pid_namespace(pid)?;
         }
         Ok(Rc::new(Container {
             id,
+            engine,
             bundle: bundle.to_owned(),
             cgroup,
             init: Rc::new(Process { pid, exit, io, waited: false.into() }),
@@ -84,6 +85,35 @@ impl Agent {
         }))
     }
 
+    /// Makes the init process by the engine that can make it.
+    async fn make_init(
+        &self,
+        id: &str,
+        spec: &grpc::Spec,
+        cgroup: &Cgroup,
+        bundle: &Path,
+    ) -> Result<(Engine, (i32, Rc<Exit>), Stdio)> {
+        let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
+        if native::supports(spec) {
+            let mut waiting = None;
+            let (process, io) = self
+                .launch(terminal, async |io| {
+                    let (launched, held) = native::create(&self.reaper, spec, cgroup, io).await?;
+                    waiting = Some(held);
+                    Ok(launched)
+                })
+                .await?;
+            return Ok((Engine::Native(waiting.unwrap_or_default()), process, io));
+        }
+        let config = bundle.join("config.json");
+        fs::write(&config, spec_json::config(spec))
+            .context(|| format!("writing {}", config.display()))?;
+        let (process, io) = self
+            .launch(terminal, async |io| self.runtime.create(id, bundle, io).await)
+            .await?;
+        Ok((Engine::Crun, process, io))
+    }
+
     pub async fn start_container(&self, request: grpc::StartContainerRequest) -> Result<()> {
         let container = self.container(&request.container_id)?;
         let _changing = container.changing.lock().await;
@@ -91,7 +121,10 @@ impl Agent {
             let text = format!("container {} has been started already", container.id);
             return Err(Status::new(Code::FailedPrecondition, text));
         }
-        self.runtime.start(&container.id, &container.bundle).await?;
+        match &container.engine {
+            Engine::Native(waiting) => native::start(waiting).await?,
+            Engine::Crun => self.runtime.start(&container.id, &container.bundle).await?,
+        }
         container.started.set(true);
         Ok(())
     }
@@ -99,21 +132,20 @@ impl Agent {
     pub async fn pause_container(&self, request: grpc::PauseContainerRequest) -> Result<()> {
         let container = self.container(&request.container_id)?;
         let _changing = container.changing.lock().await;
-        self.runtime.pause(&container.id, &container.bundle).await
+        native::freeze(&container.cgroup, true).await
     }
 
     pub async fn resume_container(&self, request: grpc::ResumeContainerRequest) -> Result<()> {
         let container = self.container(&request.container_id)?;
         let _changing = container.changing.lock().await;
-        self.runtime.resume(&container.id, &container.bundle).await
+        native::freeze(&container.cgroup, false).await
     }
 
     pub async fn update_container(&self, request: grpc::UpdateContainerRequest) -> Result<()> {
         let container = self.container(&request.container_id)?;
         let _changing = container.changing.lock().await;
         let resources = request.resources.ok_or_else(|| Status::invalid("no resources"))?;
-        let json = spec_json::resources(&resources);
-        self.runtime.update(&container.id, &container.bundle, &json).await
+        native::limits::apply(&container.cgroup, &resources)
     }
 
     /// Kills what still runs; a timeout of 0 waits as long as that takes.
@@ -133,8 +165,12 @@ impl Agent {
         let container = self.container(id)?;
         let _changing = container.changing.lock().await;
         self.oom.forget(id);
-        self.runtime.delete(id, &container.bundle).await?;
-        container.init.exit.wait().await;
+        if matches!(container.engine, Engine::Crun) {
+            self.runtime.delete(id, &container.bundle).await?;
+        }
+        let init = &container.init;
+        native::delete(&container.cgroup, init.exit.get().is_none().then_some(init.pid)).await?;
+        init.exit.wait().await;
         self.containers.borrow_mut().remove(id);
         self.release_storages(&container.storages);
         if let Err(error) = fs::remove_dir_all(&container.bundle) {

@@ -6,13 +6,12 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::agent::Agent;
-use crate::container::{Container, Process, check_id};
+use crate::container::{Container, Engine, Process, check_id};
 use crate::pb::grpc;
 use crate::runtime::ProcessIo;
-use crate::spec;
-use crate::spec_json;
 use crate::status::{Context, Result, Status};
 use crate::stdio::{Output, Stdio, make_pipes};
+use crate::{native, spec, spec_json};
 
 /// How long the record of an ended exec waits for somebody to fetch its output.
 const KEEP_ENDED: Duration = Duration::from_secs(30);
@@ -26,10 +25,16 @@ impl Agent {
         let process = spec::complete_exec(wanted, &container);
         let _changing = container.changing.lock().await;
         container.admit_exec(&request.exec_id)?;
-        let json = spec_json::process(&process);
         let (launched, io) = self
-            .launch(process.terminal, async |io| {
-                self.runtime.exec(&container.id, &container.bundle, &json, io).await
+            .launch(process.terminal, async |io| match &container.engine {
+                Engine::Native(_) => {
+                    let init = container.init.pid;
+                    native::exec(&self.reaper, &process, init, &container.cgroup, io).await
+                }
+                Engine::Crun => {
+                    let json = spec_json::process(&process);
+                    self.runtime.exec(&container.id, &container.bundle, &json, io).await
+                }
             })
             .await?;
         let record = Process { pid: launched.0, exit: launched.1, io, waited: false.into() };

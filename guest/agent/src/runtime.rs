@@ -72,22 +72,6 @@ impl Runtime {
         self.run(Verb::new("start", scratch), id).await
     }
 
-    pub async fn pause(&self, id: &str, scratch: &Path) -> Result<()> {
-        self.run(Verb::new("pause", scratch), id).await
-    }
-
-    pub async fn resume(&self, id: &str, scratch: &Path) -> Result<()> {
-        self.run(Verb::new("resume", scratch), id).await
-    }
-
-    pub async fn update(&self, id: &str, scratch: &Path, resources_json: &str) -> Result<()> {
-        let file = scratch.join("resources.json");
-        fs::write(&file, resources_json).context(|| format!("writing {}", file.display()))?;
-        let mut verb = Verb::new("update", scratch);
-        verb.command.arg("--resources").arg(&file);
-        self.run(verb, id).await
-    }
-
     /// Removes what is left of the container, killing it if it runs.
     pub async fn delete(&self, id: &str, scratch: &Path) -> Result<()> {
         let mut verb = Verb::new("delete", scratch);

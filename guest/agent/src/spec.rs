@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::cgroup::Cgroup;
 use crate::container::Container;
-use crate::pb::grpc::{LinuxNamespace, Mount, Process, Spec};
+use crate::pb::grpc::{LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, Mount, Process, Spec};
 use crate::sandbox::Sandbox;
 use crate::status::{Result, Status};
 
@@ -38,6 +38,9 @@ pub fn adapt(
     cgroup.name.clone_into(&mut linux.cgroups_path);
     linux.mount_label.clear();
     linux.intel_rdt = None;
+    let devices = std::mem::take(&mut linux.devices);
+    add_device_rules(&mut linux.resources.get_or_insert_default().devices, &devices);
+    linux.devices = devices;
     adapt_namespaces(&mut linux.namespaces, sandbox, sandbox_pidns);
     // In the sandbox's namespace the name is set once, by CreateSandbox.
     if sandbox.namespace("uts").is_some() {
@@ -65,6 +68,46 @@ fn adapt_namespaces(
     add("pid", sandbox.pid_namespace.clone().filter(|_| sandbox_pidns));
     if !namespaces.iter().any(|namespace| namespace.r#type == "mount") {
         namespaces.push(LinuxNamespace { r#type: "mount".to_owned(), path: String::new() });
+    }
+}
+
+/// What every container may do with devices: make nodes of any, use the harmless ones and its ptys.
+/// Source: OCI runtime-spec config-linux.md "Default Devices".
+const DEFAULT_DEVICES: [(&str, i64, i64, &str); 11] = [
+    ("c", -1, -1, "m"),
+    ("b", -1, -1, "m"),
+    ("c", 1, 3, "rwm"),
+    ("c", 1, 5, "rwm"),
+    ("c", 1, 7, "rwm"),
+    ("c", 1, 8, "rwm"),
+    ("c", 1, 9, "rwm"),
+    ("c", 5, 0, "rwm"),
+    ("c", 5, 1, "rwm"),
+    ("c", 5, 2, "rwm"),
+    ("c", 136, -1, "rwm"),
+];
+
+/// Without rules of the host's, everything is denied first: shims strip the rules, and a container
+/// that can make nodes must not reach the guest's disks. Defaults and the spec's own devices follow.
+fn add_device_rules(rules: &mut Vec<LinuxDeviceCgroup>, devices: &[LinuxDevice]) {
+    let host_has_rules = !rules.is_empty();
+    let mut add = |allow, kind: &str, major, minor, access: &str| {
+        rules.push(LinuxDeviceCgroup {
+            allow,
+            r#type: kind.to_owned(),
+            major,
+            minor,
+            access: access.to_owned(),
+        });
+    };
+    if !host_has_rules {
+        add(false, "a", -1, -1, "rwm");
+    }
+    for (kind, major, minor, access) in DEFAULT_DEVICES {
+        add(true, kind, major, minor, access);
+    }
+    for device in devices.iter().filter(|device| device.r#type != "p") {
+        add(true, &device.r#type, device.major, device.minor, "rwm");
     }
 }
 

@@ -163,7 +163,7 @@ fn device(device: &grpc::LinuxDevice) -> String {
     out.finish()
 }
 
-pub fn resources(resources: &grpc::LinuxResources) -> String {
+fn resources(resources: &grpc::LinuxResources) -> String {
     let mut out = Object::new();
     if !resources.devices.is_empty() {
         out.raw("devices", &each(&resources.devices, device_rule));

@@ -1,0 +1,81 @@
+//! The fork itself: clone3 into a cgroup, with another pid namespace for the child if wanted.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+
+/// Source: clone(2), struct clone_args of version 2 (CLONE_INTO_CGROUP, Linux 5.7).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Forks; 0 in the child. The child is born inside of the cgroup, so it can't outrun its limits.
+pub fn clone_into(flags: CloneFlags, cgroup: Option<BorrowedFd<'_>>) -> io::Result<i32> {
+    let mut arguments = CloneArguments {
+        flags: u64::from(flags.bits().cast_unsigned()),
+        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        ..CloneArguments::default()
+    };
+    if let Some(cgroup) = cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    }
+    // SAFETY: without CLONE_VM and a stack of its own this is fork: the child goes on with a copy of
+    // this memory. The agent has one thread, so no lock can be held by a thread that is not copied.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw mut arguments,
+            std::mem::size_of::<CloneArguments>(),
+        )
+    };
+    let pid = Errno::result(pid)?;
+    i32::try_from(pid).map_err(io::Error::other)
+}
+
+/// Runs `make` so that its child is born in the pid namespace at `path`. The agent itself never
+/// changes its pid namespace; only the one for its children is changed and put back.
+pub fn in_namespace<T>(
+    path: Option<&str>,
+    make: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    let Some(path) = path else { return make() };
+    let own = File::open("/proc/self/ns/pid")?;
+    let wanted = File::open(path)?;
+    setns(wanted.as_fd(), CloneFlags::CLONE_NEWPID)?;
+    let made = make();
+    // In the child this fails, because a namespace above its own can't be entered; nor need it be.
+    let _ = setns(own.as_fd(), CloneFlags::CLONE_NEWPID);
+    made
+}
+
+pub fn open_pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Kills a child that has not been reaped; one that has ended is left alone by the kernel.
+pub fn kill(pid: i32) {
+    // SAFETY: kill takes two numbers and touches no memory.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+}

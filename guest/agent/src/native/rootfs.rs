@@ -1,0 +1,243 @@
+//! The container's root: mounts, devices, hidden paths, pivot_root.
+//!
+//! The root's content is the image's and the container's, so each path below it is resolved with
+//! RESOLVE_IN_ROOT from a descriptor of the root, and mounted on by descriptor. It all happens
+//! before the pivot, while sources and the agent's own /proc can be seen.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{chdir, fchdir, pivot_root};
+
+use super::devices;
+use crate::mount_options;
+use crate::pb::grpc::{Linux, Mount, Spec};
+use crate::status::{Context, Result, Status};
+
+/// Options that mean something to other runtimes and nothing to the kernel.
+const NOT_FOR_THE_KERNEL: [&str; 4] = ["tmpcopyup", "copy", "nocopy", "rro"];
+
+/// Builds the root in the new mount namespace and makes it `/`.
+pub fn enter(spec: &Spec) -> Result<()> {
+    let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
+    let default = Linux::default();
+    let linux = spec.linux.as_ref().unwrap_or(&default);
+    let propagation = propagation(&linux.rootfs_propagation);
+    change("/", propagation | MsFlags::MS_REC).context(|| "propagation of /".to_owned())?;
+    let what = || format!("root filesystem {}", root.path);
+    mount(Some(root.path.as_str()), root.path.as_str(), None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+        .context(what)?;
+    let directory =
+        nix::fcntl::open(root.path.as_str(), OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+            .context(what)?;
+    let root_fd = directory.as_fd();
+    for mount in &spec.mounts {
+        mount_one(root_fd, mount).map_err(|status| {
+            Status::new(status.code, format!("mount on {}: {status}", mount.destination))
+        })?;
+    }
+    let own_dev = !spec.mounts.iter().any(|mount| mount.destination == "/dev" && is_bind(mount));
+    if own_dev {
+        devices::populate(root_fd, &linux.devices)?;
+    }
+    set_sysctls(linux)?;
+    for path in &linux.readonly_paths {
+        make_readonly(root_fd, path).context(|| format!("making {path} read-only"))?;
+    }
+    for path in &linux.masked_paths {
+        mask(root_fd, path).context(|| format!("hiding {path}"))?;
+    }
+    pivot(root_fd).context(|| "pivot_root".to_owned())?;
+    if root.readonly {
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, "/", None::<&str>, flags | kept_flags("/"), None::<&str>)
+            .context(|| "making the root read-only".to_owned())?;
+    }
+    Ok(())
+}
+
+fn propagation(name: &str) -> MsFlags {
+    match name {
+        "shared" | "rshared" => MsFlags::MS_SHARED,
+        "private" | "rprivate" => MsFlags::MS_PRIVATE,
+        "unbindable" | "runbindable" => MsFlags::MS_UNBINDABLE,
+        _ => MsFlags::MS_SLAVE,
+    }
+}
+
+fn change(target: &str, flags: MsFlags) -> nix::Result<()> {
+    mount(None::<&str>, target, None::<&str>, flags, None::<&str>)
+}
+
+fn by_descriptor(fd: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Opens a path of the container as its own processes would see it.
+pub fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
+    let path = path.strip_prefix("/").unwrap_or(path);
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let how = OpenHow::new()
+        .flags(flags | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(root, path, how)
+}
+
+/// Opens a mount point, making what is missing of it.
+pub fn ensure(root: BorrowedFd<'_>, path: &Path, is_directory: bool) -> nix::Result<OwnedFd> {
+    match open_in(root, path, OFlag::O_PATH) {
+        Err(Errno::ENOENT) => {}
+        other => return other,
+    }
+    let mut walked = PathBuf::new();
+    let mut parent = open_in(root, Path::new("."), OFlag::O_PATH)?;
+    let mut parts = path.components().filter(|part| matches!(part, Component::Normal(_))).peekable();
+    while let Some(part) = parts.next() {
+        walked.push(part);
+        let name = part.as_os_str();
+        parent = match open_in(root, &walked, OFlag::O_PATH) {
+            Err(Errno::ENOENT) if parts.peek().is_some() || is_directory => {
+                mkdirat(&parent, name, Mode::from_bits_truncate(0o755))?;
+                open_in(root, &walked, OFlag::O_PATH | OFlag::O_DIRECTORY)?
+            }
+            Err(Errno::ENOENT) => {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                drop(openat(&parent, name, flags, Mode::from_bits_truncate(0o644))?);
+                open_in(root, &walked, OFlag::O_PATH)?
+            }
+            other => other?,
+        };
+    }
+    Ok(parent)
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.r#type == "bind" || mount.options.iter().any(|o| o == "bind" || o == "rbind")
+}
+
+fn mount_one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<()> {
+    let options: Vec<String> = wanted
+        .options
+        .iter()
+        .filter(|option| !NOT_FOR_THE_KERNEL.contains(&option.as_str()))
+        .cloned()
+        .collect();
+    let options = mount_options::parse(&options);
+    let bind = is_bind(wanted);
+    let destination = Path::new(&wanted.destination);
+    let is_directory = if bind {
+        let source = fs::metadata(&wanted.source).context(|| format!("source {}", wanted.source))?;
+        source.is_dir()
+    } else {
+        true
+    };
+    let place = ensure(root, destination, is_directory).context(|| "mount point".to_owned())?;
+    let target = by_descriptor(&place);
+    let flags = options.flags.mount;
+    if bind {
+        let recursive = flags & MsFlags::MS_REC;
+        mount(Some(wanted.source.as_str()), target.as_str(), None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
+            .context(|| format!("binding {}", wanted.source))?;
+    } else {
+        let fstype = if wanted.r#type == "cgroup" { "cgroup2" } else { wanted.r#type.as_str() };
+        let data = if fstype == "cgroup2" { "" } else { options.data.as_str() };
+        mount(Some(wanted.source.as_str()), target.as_str(), Some(fstype), flags - MsFlags::MS_REC, Some(data))
+            .context(|| format!("mounting {fstype}"))?;
+    }
+    // What was opened before is now below the mount.
+    let top = open_in(root, destination, OFlag::O_PATH).context(|| "mount point".to_owned())?;
+    let target = by_descriptor(&top);
+    let rest = flags - MsFlags::MS_BIND - MsFlags::MS_REC;
+    if bind && !rest.is_empty() {
+        let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | kept_flags(&target);
+        change(&target, again).context(|| "setting the options of the bind".to_owned())?;
+    }
+    if !options.flags.propagation.is_empty() {
+        change(&target, options.flags.propagation).context(|| "propagation".to_owned())?;
+    }
+    Ok(())
+}
+
+/// Flags of the mount at a path, which a remount would otherwise take away.
+fn kept_flags(path: &str) -> MsFlags {
+    use nix::sys::statvfs::{FsFlags, statvfs};
+    let Ok(status) = statvfs(path) else { return MsFlags::empty() };
+    let present = status.flags();
+    [
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
+        (FsFlags::ST_RDONLY, MsFlags::MS_RDONLY),
+    ]
+    .into_iter()
+    .filter(|(flag, _)| present.contains(*flag))
+    .fold(MsFlags::empty(), |all, (_, flag)| all | flag)
+}
+
+/// Kernel settings act on the namespaces of whoever writes them, so the agent's /proc will do.
+fn set_sysctls(linux: &Linux) -> Result<()> {
+    for (name, value) in &linux.sysctl {
+        let path = name.replace('.', "/");
+        let plain = Path::new(&path).components().all(|part| matches!(part, Component::Normal(_)));
+        if !plain {
+            return Err(Status::invalid(format!("sysctl {name:?}")));
+        }
+        fs::write(format!("/proc/sys/{path}"), value)
+            .context(|| format!("setting sysctl {name} to {value:?}"))?;
+    }
+    Ok(())
+}
+
+fn make_readonly(root: BorrowedFd<'_>, path: &str) -> nix::Result<()> {
+    let path = Path::new(path);
+    let place = match open_in(root, path, OFlag::O_PATH) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+        other => other?,
+    };
+    let target = by_descriptor(&place);
+    let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some(target.as_str()), target.as_str(), None::<&str>, bind, None::<&str>)?;
+    let top = open_in(root, path, OFlag::O_PATH)?;
+    let target = by_descriptor(&top);
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    change(&target, flags | kept_flags(&target))
+}
+
+fn mask(root: BorrowedFd<'_>, path: &str) -> std::io::Result<()> {
+    let place = match open_in(root, Path::new(path), OFlag::O_PATH) {
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+        other => other?,
+    };
+    let target = by_descriptor(&place);
+    let kind = fs::metadata(&target)?.file_type();
+    if kind.is_dir() {
+        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(Some("tmpfs"), target.as_str(), Some("tmpfs"), flags, Some("size=0,nr_inodes=2"))?;
+    } else if kind.is_file() || kind.is_char_device() || kind.is_block_device() {
+        mount(Some("/dev/null"), target.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    }
+    Ok(())
+}
+
+/// Both roots at one place; the old one, on top, is then let go.
+/// Source: pivot_root(2), `pivot_root(".", ".")`.
+fn pivot(root: BorrowedFd<'_>) -> nix::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let old = nix::fcntl::open("/", flags, Mode::empty())?;
+    fchdir(root)?;
+    pivot_root(".", ".")?;
+    fchdir(&old)?;
+    // Nothing of this may reach the mounts that the agent has.
+    change(".", MsFlags::MS_SLAVE | MsFlags::MS_REC)?;
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")
+}
