@@ -148,7 +148,7 @@ class Child:
             trio.lowlevel.notify_closing(self._stderr_fd)
             os.close(self._stderr_fd)
             self._stderr_fd = None
-        if self.exit is not None:
+        if self.exit is not None and self._pidfd >= 0:  # another closer may have been faster
             os.close(self._pidfd)
             self._pidfd = -1
 
