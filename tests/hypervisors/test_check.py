@@ -125,11 +125,7 @@ def test_initrd_and_program_of_another_kind_are_refused(spec):
         {"devices": (NetDevice(id="n", mac="02:00:00:00:00:01", tap_fds=(1,), mtu=9),)},
         {"devices": (BlockDevice(id="b", path=Path("/nowhere"), read_only=True),)},
         {"devices": (BlockDevice(id="b", path=Path("/dev/null"), read_only=True),)},
-        {
-            "devices": (
-                BlockDevice(id="b", path=Path("/etc/passwd"), read_only=True, serial="s" * 21),
-            )
-        },
+        {"devices": (BlockDevice(id="b", path=Path("/"), read_only=True, serial="s" * 21),)},
     ],
 )
 def test_value_out_of_range_is_refused(spec, changes):
@@ -179,7 +175,7 @@ def test_kvm_by_name_is_refused_where_it_does_not_work_and_auto_emulates():
 
 def test_capabilities_follow_the_specification(spec):
     none = Qemu().capabilities(spec)
-    assert not (none.block_hotplug or none.vcpu_hotplug or none.memory_hotplug)
+    assert not any((none.block_hotplug, none.vcpu_hotplug, none.memory_hotplug))
     grown = Qemu().capabilities(replace(spec, hotplug_ports=1, max_vcpus=2, max_memory_mib=512))
     assert grown.block_hotplug
     assert grown.net_hotplug
@@ -190,7 +186,7 @@ def test_capabilities_follow_the_specification(spec):
 
 def test_unknown_hypervisor_is_refused_with_the_known_ones():
     assert find_hypervisor("qemu").name == "qemu"
-    with pytest.raises(Unsupported, match="choose one of: .*qemu"):
+    with pytest.raises(Unsupported, match=r"choose one of: .*qemu"):
         find_hypervisor("xen")
 
 
