@@ -7,7 +7,7 @@ import socket
 from struct import Struct
 from typing import Final, NamedTuple
 
-_UCRED: Final = Struct("iII")
+_UCRED: Final = Struct("iii")
 
 
 class PeerCredentials(NamedTuple):
@@ -19,13 +19,13 @@ class PeerCredentials(NamedTuple):
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials | None:
-    """Return the peer's credentials; None if the socket is not a connected unix socket."""
+    """Return the peer's credentials; None if the socket is not a unix socket.
+
+    Of a socket that is not connected, the pid is 0 and the others are -1.
+    """
     if sock.family != socket.AF_UNIX:
         return None
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    except OSError:
-        return None
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return PeerCredentials(*_UCRED.unpack(raw))
 
 

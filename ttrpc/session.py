@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import trio
 
-from ttrpc.connection import Connection, Oversize, Role
+from ttrpc.connection import Connection, ConnectionState, Oversize, Role
 from ttrpc.errors import Code, ConnectionLost, LocalProtocolError, MessageTooLarge, StatusError
 from ttrpc.events import Data, Event, Rejected, Request, Response, Status
 from ttrpc.frames import REMOTE_OPEN
@@ -109,7 +109,10 @@ class Session:
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
 
-    async def send(self, event: Response | Data) -> None:
+    async def send(self, event: Data) -> None:
+        """Raises ConnectionLost, MessageTooLarge, LocalProtocolError (the stream is over)."""
+        if self._connection.state is not ConnectionState.OPEN:
+            raise ConnectionLost("the peer closed the connection")
         self._transport.write(self._connection.send(event))
         await self._transport.drain()
 

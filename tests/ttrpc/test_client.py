@@ -307,6 +307,14 @@ async def test_leaving_a_stream_tells_the_peer_and_ignores_the_rest():
         assert client.ignored_frames == 1
 
 
+async def test_undecodable_end_of_a_stream_fails_it():
+    async with calling() as (client, peer):
+        stream = await client.open_stream("test", "s")
+        await peer.send(frame(1, frames.RESPONSE, 0, b"\x0a\xff"))
+        with pytest.raises(RemoteProtocolError):
+            await stream.receive()
+
+
 async def test_open_stream_fails_when_the_connection_ends():
     async with calling() as (client, peer), await client.open_stream("test", "s") as stream:
         await peer.send(frame(1, frames.DATA, 0, b"first"))

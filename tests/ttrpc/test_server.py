@@ -395,6 +395,52 @@ async def test_peer_of_the_same_user_is_served(listener):
         nursery.cancel_scope.cancel()
 
 
+async def test_stream_handler_that_fails_or_is_one_too_many_is_answered():
+    def fail(_context, _stream):
+        raise StatusError(Code.ABORTED, "before it began")
+
+    async def listen(_context, stream):
+        await stream.receive()
+
+    handlers = {"Fail": StreamHandler(fail), "Listen": StreamHandler(listen)}
+    async with connected({"test": handlers}, max_in_flight=1) as client:
+        outcomes = []
+        for method in ("Fail", "Listen", "Listen"):
+            stream = await client.open_stream("test", method)
+            with trio.move_on_after(0.05):
+                with pytest.raises(RemoteStatus) as caught:
+                    await stream.receive()
+                outcomes.append(caught.value.code)
+        assert outcomes == [Code.ABORTED, Code.RESOURCE_EXHAUSTED]
+
+
+async def test_answer_is_not_sent_to_a_client_that_has_gone():
+    seen: list[Exception] = []
+
+    async def talk(_context, stream):
+        await stream.receive()
+        with trio.CancelScope(shield=True):
+            try:
+                while True:
+                    await stream.send(b"x")
+                    await trio.lowlevel.checkpoint()
+            except ConnectionLost as error:
+                seen.append(error)
+
+    async with serving({"test": {"Talk": StreamHandler(talk)}}) as peer:
+        await peer.send(request(1, "Talk", b"go", flags=frames.REMOTE_OPEN))
+        await peer.frame()
+        peer.close()
+        with trio.fail_after(5):
+            await wait_all_tasks_blocked()
+    assert len(seen) == 1
+
+
+def test_socket_that_is_not_connected_is_nobodys():
+    with socket.socket(socket.AF_UNIX) as sock:
+        assert not is_same_user(peer_credentials(sock))
+
+
 def test_sockets_without_credentials_have_none():
     with socket.socket(socket.AF_INET) as sock:
         assert peer_credentials(sock) is None
