@@ -1,6 +1,6 @@
 """The configuration as the rest of the shim sees it: frozen, typed, checked once.
 
-Precedence, weakest first: the defaults below, one configuration file with its drop-ins, and the
+Precedence, weakest first: the defaults below, the one configuration file with its drop-ins, and the
 pod's annotations where the operator allows them (annotations.py). The files are Kata's, in the
 spelling of either of its runtimes (config_schema.py). Host paths come from files alone.
 """
@@ -114,22 +114,20 @@ def load_config(
     """Return the configuration for a sandbox whose pod carries `annotations`.
 
     `path` is what the runtime options name (`runtimeoptions.v1.Options.config_path`); without one,
-    KATA_CONF_FILE and then the usual places are looked at, and last the defaults serve. Only files
-    that nobody but root can write are read. Raises `InvalidArgument` with file, key and a way out.
+    KATA_CONF_FILE and then the usual places are looked at. Only files that nobody but root can
+    write are read. Raises `InvalidArgument` with file, key and a way out, `FailedPrecondition` if
+    there is no file.
     """
     file = find(str(path) if path else None)
     settings = config_schema.Settings()
-    source = "built-in defaults"
-    if file is not None:
-        source = file
-        for name, tables in read_tables(file):
-            config_schema.apply(tables, name, settings)
+    for name, tables in read_tables(file):
+        config_schema.apply(tables, name, settings)
     config = RuntimeConfig(
         hypervisor=replace(HypervisorConfig(), **settings.of("hypervisor")),
         agent=replace(AgentConfig(), **settings.of("agent")),
         runtime=replace(RuntimeSection(), **settings.of("runtime")),
         factory=replace(FactoryConfig(), **settings.of("factory")),
-        source=source,
+        source=file,
         warnings=tuple(settings.warnings),
     )
     return _with_annotations(config, annotations or {})

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from shimv2.errors import InvalidArgument
+from shimv2.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,11 +17,13 @@ VARIABLE = "KATA_CONF_FILE"
 _MAX_BYTES = 1 << 20
 
 
-def find(path: str | None, environment: Mapping[str, str] | None = None) -> str | None:
-    """Return the file to read: the one asked for, the environment's, the usual one, or None.
+def find(path: str | None, environment: Mapping[str, str] | None = None) -> str:
+    """Return the file to read: the one asked for, the environment's, or the usual one.
 
     The environment may name only files in `DIRECTORIES`: it is not an operator's decision for each
-    pod, and once let a pod choose its hypervisor (CVE-2026-50540). Raises `InvalidArgument`.
+    pod, and once let a pod choose its hypervisor (CVE-2026-50540). Raises `InvalidArgument`;
+    `FailedPrecondition` if there is no file at all: a VM from guessed paths would not be the
+    operator's.
     """
     if path:
         return path
@@ -31,8 +33,13 @@ def find(path: str | None, environment: Mapping[str, str] | None = None) -> str 
             places = " or ".join(DIRECTORIES)
             raise InvalidArgument(f"{VARIABLE}={named}: only files in {places} are accepted")
         return named
-    usual = (f"{directory}/{FILE_NAME}" for directory in DIRECTORIES)
-    return next((one for one in usual if os.path.exists(one)), None)
+    usual = [f"{directory}/{FILE_NAME}" for directory in DIRECTORIES]
+    found = next((one for one in usual if os.path.exists(one)), None)
+    if found is None:
+        raise FailedPrecondition(
+            f"no configuration: neither {' nor '.join(usual)} exists; `make install` puts one there"
+        )
+    return found
 
 
 def read_tables(path: str) -> Iterator[tuple[str, dict[str, object]]]:
