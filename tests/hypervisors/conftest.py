@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +14,8 @@ from . import scratch_guest
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from hypervisors.child import ChildRecord
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +32,7 @@ def make_spec(initrd: Path, tmp_path: Path) -> Callable[..., MachineSpec]:
     """A small machine; keyword arguments replace its fields."""
 
     def make(scenario: str = "", **changes) -> MachineSpec:
-        fields = {
+        fields: dict[str, Any] = {
             "id": "test",
             "kernel": scratch_guest.KERNEL,
             "initrd": initrd,
@@ -52,7 +54,7 @@ def make_spec(initrd: Path, tmp_path: Path) -> Callable[..., MachineSpec]:
 @pytest.fixture
 def records():
     """A journal in memory; what is in it must be gone when the test ends."""
-    kept = []
+    kept: list[ChildRecord] = []
     yield kept
     left = [record for record in kept if os.path.exists(f"/proc/{record.pid}/stat")]
     assert left == [], "processes were left behind"

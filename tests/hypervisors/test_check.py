@@ -157,13 +157,13 @@ def test_kernel_vsock_without_its_device_is_unsupported(spec):
 def test_kvm_needs_a_device_that_opens_and_a_cpu_that_shows_it(tmp_path):
     device, cpuinfo = tmp_path / "kvm", tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nflags : fpu vmx sse\n")
-    assert "No such file" in accel.kvm_problem(device, cpuinfo)
+    assert "No such file" in str(accel.kvm_problem(device, cpuinfo))
     device.touch()
     assert accel.kvm_problem(device, cpuinfo) is None
     cpuinfo.write_text("processor : 0\nflags : fpu svm\n")
     assert accel.kvm_problem(device, cpuinfo) is None
     cpuinfo.write_text("processor : 0\nmodel name : svm vmx\nflags : fpu vmxoff\n")
-    assert "neither vmx nor svm" in accel.kvm_problem(device, cpuinfo)
+    assert "neither vmx nor svm" in str(accel.kvm_problem(device, cpuinfo))
 
 
 @pytest.mark.skipif(accel.kvm_problem() is None, reason="this host has KVM")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypervisors.child import ChildExit, spawn, start_time_of
+from hypervisors.child import ChildExit, ChildRecord, spawn, start_time_of
 from hypervisors.errors import SpawnFailed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 async def run(argv, **options):
     """Run a shell script to its end; returns the ended child."""
-    records = []
+    records: list[ChildRecord] = []
     child = await spawn("test", argv, record=records.append, **options)
     with trio.fail_after(20):
         await child.run()

@@ -179,7 +179,7 @@ async def test_descriptors_travel_with_their_command():
 @asynccontextmanager
 async def removals():
     """`Removals` over a live client; yields (removals, peer)."""
-    made = []
+    made: list[Removals] = []
     async with connected(lambda notification: made[0].on_notification(notification)) as pair:
         client, peer = pair
         made.append(Removals(client))

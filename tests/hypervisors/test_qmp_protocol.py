@@ -44,7 +44,7 @@ def session() -> bytes:
     return (VECTORS / "unplug_and_poweroff.jsonl").read_bytes()
 
 
-def replay(chunks) -> list:
+def replay(chunks):
     connection = QmpConnection()
     events = []
     for chunk in chunks:
