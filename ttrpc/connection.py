@@ -108,6 +108,11 @@ class Connection:
         return self._decoder.is_mid_frame
 
     @property
+    def missing_bytes(self) -> int:
+        """How many bytes complete the frame under way; 0 when that isn't known."""
+        return self._decoder.missing_bytes
+
+    @property
     def buffered_bytes(self) -> int:
         return self._decoder.buffered_bytes
 

@@ -81,6 +81,15 @@ class FrameDecoder:
     def buffered_bytes(self) -> int:
         return len(self._buffer)
 
+    @property
+    def missing_bytes(self) -> int:
+        """How many bytes the frame under way still lacks; 0 when that isn't known."""
+        held = len(self._buffer)
+        if held < HEADER_BYTES:
+            return self._to_discard
+        length = int.from_bytes(self._buffer[:4], "big")
+        return HEADER_BYTES + length - held
+
     def receive_data(self, data: bytes) -> list[Frame | OversizedFrame]:
         """Return the frames that `data` completes; `b""` means that the stream ended.
 
@@ -125,7 +134,8 @@ class FrameDecoder:
                 position = min(end, available)
                 self._to_discard = end - position
             elif end <= available:
-                frames.append(Frame(stream_id, kind, flags, bytes(data[start:end])))
+                with memoryview(data) as view:
+                    frames.append(Frame(stream_id, kind, flags, bytes(view[start:end])))
                 position = end
             else:
                 break

@@ -44,7 +44,7 @@ class Receiver:
             events = connection.receive_data(data)
         else:
             with trio.move_on_at(self._frame_deadline) as scope:
-                data = await self._transport.receive()
+                data = await self._transport.receive(connection.missing_bytes)
             if scope.cancelled_caught:
                 raise RemoteProtocolError(
                     f"a frame was not complete after {self._frame_deadline_s:g} s"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import socket
 
 RECEIVE_BYTES: Final = 64 * 1024
+LONGEST_RECEIVE_BYTES: Final = 1 << 20
 WRITE_BACKLOG_BYTES: Final = 1 << 20
 """A writer with more than this unsent makes its producers wait."""
 
@@ -51,14 +52,18 @@ class Transport:
     def is_congested(self) -> bool:
         return self._unsent_bytes > self._limit
 
-    async def receive(self) -> bytes:
+    async def receive(self, expected_bytes: int = 0) -> bytes:
         """Return what has arrived, waiting if nothing has; `b""` at the end.
+
+        `expected_bytes` is what is known to come: a long message in few pieces.
 
         Raises ConnectionLost.
         """
+        # No more than the common size on speculation: a large buffer costs page faults each time.
+        size = min(max(expected_bytes, RECEIVE_BYTES), LONGEST_RECEIVE_BYTES)
         while True:
             try:
-                return self._sock.recv(RECEIVE_BYTES)
+                return self._sock.recv(size)
             except BlockingIOError:
                 pass
             except InterruptedError:
