@@ -31,11 +31,20 @@ find_go() {
         echo go
         return
     fi
-    export GOBIN="$cache/go-$go_wanted"
-    timed "installing Go $go_wanted by its own installer" go install "golang.org/dl/go$go_wanted@latest" >&2
-    timed "downloading Go $go_wanted" "$GOBIN/go$go_wanted" download >&2
-    say "Go: $go_wanted from Go's installer" >&2
-    echo "$GOBIN/go$go_wanted"
+    if at_least 1.21 "$have"; then
+        say "Go: $go_wanted, which Go $have fetches by itself" >&2
+        echo go
+        return
+    fi
+    # An older Go does by hand what a newer one does by itself: the toolchain is a module. A module
+    # holds no modes, so what has to be executable is made so.
+    local module="golang.org/toolchain@v0.0.1-go$go_wanted.linux-amd64" root
+    export GOMODCACHE="$cache/go-$go_wanted" GOFLAGS=-modcacherw
+    root="$GOMODCACHE/$module"
+    timed "fetching Go $go_wanted (70 MB)" go mod download "$module" >&2
+    chmod -R +x "$root/bin" "$root/pkg/tool"
+    say "Go: $go_wanted, as Go's own module" >&2
+    echo "$root/bin/go"
 }
 
 if ! complete "$kept"; then
