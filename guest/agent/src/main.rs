@@ -10,6 +10,7 @@ mod cgroup;
 mod config;
 mod container;
 mod copy_file;
+mod devices;
 mod fs_group;
 mod hugepages;
 mod io;

@@ -16,7 +16,7 @@ use crate::rpc_process::refuse_raw_ports;
 use crate::reaper::Exit;
 use crate::status::{Code, Context, Result, Status};
 use crate::stdio::Stdio;
-use crate::{info, native, spec, spec_json};
+use crate::{devices, info, native, spec, spec_json};
 
 /// Source: kata agent protocol, "OCI spec as the agent wants it".
 pub const CONTAINER_BASE: &str = "/run/kata-containers";
@@ -62,6 +62,7 @@ impl Agent {
         let mut spec = request.oci.ok_or_else(|| Status::invalid("no OCI spec"))?;
         self.add_storages(&request.storages, storages).await?;
         fs::create_dir_all(bundle).context(|| format!("making {}", bundle.display()))?;
+        devices::resolve(&request.devices, &mut spec, self.config.hotplug_timeout).await?;
         let cgroup = Cgroup::of_container(&id);
         spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow(), request.sandbox_pidns)?;
         let (engine, (pid, exit), io) = self.make_init(&id, &spec, &cgroup, bundle).await?;

@@ -14,11 +14,10 @@ use crate::block;
 use crate::network::Network;
 use crate::pb::grpc;
 use crate::status::{Context, Result, Status};
-use crate::{storage, warn};
+use crate::{devices, storage, warn};
 
 const MEMORY: &str = "/sys/devices/system/memory";
 const CPUS: &str = "/sys/devices/system/cpu";
-const DEVICE_HANDLERS: [&str; 6] = ["blk", "mmioblk", "nvdimm", "scsi", "vfio-pci", "vfio-pci-gk"];
 /// Bits of an entropy pool; more than that is no more random.
 const MAX_SEED_BYTES: usize = 4096;
 /// How often OnlineCPUMem looks again while it waits for hot-plugged processors.
@@ -52,7 +51,7 @@ impl Agent {
             agent_details: Some(grpc::AgentDetails {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 init_daemon: self.is_init,
-                device_handlers: names(&DEVICE_HANDLERS),
+                device_handlers: names(&devices::HANDLERS),
                 storage_handlers: names(&storage::HANDLERS),
                 supports_seccomp: fs::exists("/proc/sys/kernel/seccomp").unwrap_or(false),
                 extra_features: Vec::new(),

@@ -126,6 +126,9 @@ fn hugetlb(cgroup: &Cgroup) -> BTreeMap<String, grpc::HugetlbStats> {
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
             let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?.to_owned();
+            if size.ends_with(".rsvd") {
+                return None;
+            }
             let usage = cgroup.number(&name).unwrap_or(0);
             let events = cgroup.read(&format!("hugetlb.{size}.events")).unwrap_or_default();
             let failcnt = field(&events, "max").unwrap_or(0);
