@@ -9,6 +9,7 @@ cgroups aren't private; names carry the node's name, and `stop()` removes them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -188,17 +189,19 @@ class Node:
             self.write(CONFIGURATION, built.read_text())
 
     def _import_images(self) -> None:
-        images = BUILD / "tests" / "images"
-        for archive in (images / "busybox.tar", images / "pause.tar"):
-            if not archive.exists():
-                oci_image.write_busybox_image(images)
-                oci_image.write_pause_image(images)
+        for archive in _images():
             self.run(["ctr", "images", "import", str(archive)])
 
     def _remove_cgroups(self) -> None:
         for directory in sorted(self.cgroups(), key=lambda path: -len(path.parts)):
             with contextlib.suppress(OSError):
                 directory.rmdir()
+
+
+@functools.cache
+def _images() -> tuple[Path, ...]:
+    directory = BUILD / "tests" / "images"
+    return oci_image.write_busybox_image(directory), oci_image.write_pause_image(directory)
 
 
 def _read_process(directory: Path) -> NodeProcess | None:

@@ -37,14 +37,16 @@ _ETC = {
 }
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# block TERM, INT, CHLD; then for ever: rt_sigtimedwait; CHLD -> reap all; TERM or INT -> exit(0)
+# sigaction(TERM), sigaction(INT): exit(0); sigaction(CHLD): ignore, so that the kernel reaps; then
+# pause() for ever. With handlers, because Kata agents turn a TERM that has none into a KILL.
 _PAUSE_CODE = bytes.fromhex(
-    "b80e00000031ff488d354e00000031d241ba080000000f05"  # rt_sigprocmask(BLOCK, set)
-    "b880000000488d3d3800000031f631d241ba080000000f05"  # rt_sigtimedwait(set, 0, 0)
-    "83f811751a"                                        # not CHLD -> last block
-    "b83d00000083cfff31f6ba010000004531d20f0585c07fe8ebc9"  # wait4(-1, 0, WNOHANG) until none
-    "85c07cc5b83c00000031ff0f05"                        # error -> wait again; else exit(0)
-    "0240010000000000"                                  # the signal set
+    "488d3547000000bf0f000000e824000000bf02000000e81a000000"  # act: TERM, INT
+    "488d354c000000bf11000000e809000000"                      # ign: CHLD
+    "b8220000000f05ebf7"                                      # loop: pause()
+    "b80d00000031d241ba080000000f05c3"                        # rt_sigaction(edi, rsi, 0, 8)
+    "b83c00000031ff0f05"                                      # handler: exit(0)
+    "bd004000000000000000000400000000bd004000000000000000000000000000"  # act {handler, RESTORER}
+    "0100000000000000000000000000000000000000000000000000000000000000"  # ign {SIG_IGN}
 )
 
 
@@ -84,7 +86,7 @@ def busybox_entries() -> list[Entry]:
 
 
 def pause_entries() -> list[Entry]:
-    """Describe the pause image: one static program that reaps children until TERM or INT."""
+    """Describe the pause image: one static program that sleeps until TERM or INT."""
     return [Entry("dev", 0o755), Entry("proc", 0o755), Entry("sys", 0o755),
             Entry("pause", 0o755, data=_elf(_PAUSE_CODE))]
 
@@ -182,7 +184,7 @@ def _descriptor(media_type: str, blob: bytes) -> dict[str, object]:
 
 
 def _elf(code: bytes) -> bytes:
-    """Wrap position-independent code in the smallest static x86-64 executable.
+    """Wrap code that runs at 0x400078 in the smallest static x86-64 executable.
 
     Source: System V ABI, ELF-64 object file format, file header and program header.
     """

@@ -9,8 +9,10 @@ from tests.harness.containerd_api import EventLog, Tasks
 from tests.harness.ctr import Ctr, fresh_id
 
 _CGROUP = ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev"]
-_MEMORY = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"
-_CPU = ("cat /sys/fs/cgroup/cpu.max 2>/dev/null || "
+# A cgroup v1 host's container sees its own cgroups, a guest's (v2) the tree: find our place in it.
+_HERE = "here=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup); "
+_MEMORY = _HERE + "cat $here/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"
+_CPU = (_HERE + "cat $here/cpu.max 2>/dev/null || "
         "echo $(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us)")
 
 
