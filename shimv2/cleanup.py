@@ -164,7 +164,9 @@ def _shim_pid(invocation: ShimInvocation) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     named = [argument for argument in arguments if b"containerd-shim-" in argument]
-    is_ours = bool(named) and invocation.id.encode() in arguments and b"start" in arguments
+    name = invocation.id.encode()
+    meant = any(argument == name or argument.endswith(b"id=" + name) for argument in arguments)
+    is_ours = bool(named) and meant and b"start" in arguments
     return pid if is_ours and state not in (b"Z", b"X") and pid != posix.getpid() else None
 
 

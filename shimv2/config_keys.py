@@ -94,7 +94,6 @@ REFUSED: dict[str, dict[str, str]] = {
     "hypervisor": {
         "confidential_guest": _CONFIDENTIAL,
         "sev_snp_guest": _CONFIDENTIAL,
-        "tdx_quote_generation_service_socket_port": _CONFIDENTIAL,
         "initdata": _CONFIDENTIAL,
         "image": "the guest boots from an initrd; set `initrd` instead of `image`",
         "extra_monitor_socket": "a second monitor would bypass the shim; use `kata-ctl`",
@@ -121,7 +120,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "enable_tracing": "tracing is not offered yet",
         "enable_vcpus_pinning": "vCPU pinning is not offered yet",
         "guest_selinux_label": "SELinux in the guest is not offered yet",
-        "dan_conf": "directly attached networks are not offered yet",
         "shared_mounts": "mounts shared among containers are not offered yet",
     },
     "factory": {
@@ -158,7 +156,7 @@ IDLE: dict[str, frozenset[str]] = {
         net_rate_limiter_ops_max_rate net_rate_limiter_ops_one_time_burst guest_hook_path
         guest_memory_dump_path guest_memory_dump_paging disable_selinux disable_guest_selinux
         selinux_label use_legacy_serial prefetch_list_path default_gpus default_gpu_model
-        enable_template
+        enable_template tdx_quote_generation_service_socket_port
     """),
     "agent": _words("""
         dial_timeout_ms cdh_api_timeout cdh_api_timeout_ms passfd_listener_port
@@ -167,6 +165,7 @@ IDLE: dict[str, frozenset[str]] = {
     "runtime": _words("""
         name hypervisor_name agent_name jaeger_endpoint jaeger_user jaeger_password vfio_mode
         emptydir_mode pod_resource_api_sock use_passfd_io experimental_force_guest_pull
+        dan_conf
     """),
     "factory": _words("vm_cache_endpoint memory_path device_state_path"),
 }  # fmt: skip

@@ -143,15 +143,20 @@ def _status(error: BaseException) -> Status:
 
 
 async def _watch_signals(service: Service, log: Log, *, task_status: trio.TaskStatus[None]) -> None:
-    """SIGTERM and SIGINT stop the sandbox, SIGUSR1 writes every task's stack to the log."""
+    """SIGTERM and SIGINT stop the sandbox, SIGUSR1 writes every task's stack to the log.
+
+    SIGHUP has no meaning here, and must not have its usual one. It is caught, not ignored, so that
+    no child inherits that.
+    """
     import trio
 
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     with trio.open_signal_receiver(*watched) as numbers:
         task_status.started()
         async for number in numbers:
             if number == signal.SIGUSR1:
                 dump_tasks(log)
+            if number in (signal.SIGUSR1, signal.SIGHUP):
                 continue
             log.warning("stopped by a signal", signal=signal.Signals(number).name)
             with trio.move_on_after(STOP_DEADLINE_S):

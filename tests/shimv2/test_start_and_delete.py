@@ -291,6 +291,41 @@ def test_start_without_a_bundle_to_write_to_leaves_no_socket(shim):
     assert list(shim.sockets.glob("*")) == []
 
 
+def shims_of(shim: Shim) -> list[int]:
+    """Pids of all processes that run this test's copy of the program."""
+    program = os.fsencode(shim.program)
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if program in Path(f"/proc/{entry}/cmdline").read_bytes():
+                found.append(int(entry))
+    return found
+
+
+def test_a_start_that_cannot_print_leaves_no_daemon(shim):
+    bundle = shim.bundle("one")
+    flags = ["-namespace", NAMESPACE, "-address", shim.address, "-id", "one", "start"]
+    params = BootstrapParams(
+        instance_id="one", namespace=NAMESPACE, socket_dir=str(shim.sockets)
+    ).SerializeToString()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [shim.program, *flags], cwd=bundle, input=params, stdout=full,
+            stderr=subprocess.PIPE, timeout=20, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert all(wait_gone(pid) for pid in shims_of(shim))
+    assert list(shim.sockets.glob("*")) == []
+
+
+def test_a_hangup_does_not_end_the_daemon(shim):
+    bundle = shim.bundle("one")
+    with connect(shim.start(bundle)) as connection:
+        call(connection, "Connect", task.ConnectRequest(id="one"))
+        os.kill(shim_pid(bundle), signal.SIGHUP)
+        call(connection, "Connect", task.ConnectRequest(id="one"), stream=3)
+
+
 def test_version_and_info_are_answered(shim):
     version = subprocess.run([shim.program, "-v"], capture_output=True, check=True)
     assert b'id: "io.containerd.kata.v2"' in version.stdout
