@@ -184,7 +184,7 @@ def demonstrate(image: str | None, command: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="kata-demo-") as logs:
         node = Node(find_containerd(1), log_directory=Path(logs))
         print("starting a private containerd …", flush=True)
-        with node:
+        with _started(node):
             if image is not None:
                 pull(node, image)
             arguments = command or (() if image is not None else DEFAULT_COMMAND)
@@ -194,6 +194,20 @@ def demonstrate(image: str | None, command: Sequence[str]) -> int:
         if is_default and result.status != 0:
             _print_failure(log)
     return result.status
+
+
+@contextlib.contextmanager
+def _started(node: Node) -> Iterator[None]:
+    """Start the node and stop it at the end; a failed start says what its first process said."""
+    try:
+        node.start()
+    except RuntimeError as error:
+        texts = (path.read_text().strip() for path in node.log_directory.glob("*-holder.log"))
+        raise DemoFailed("\n".join((str(error), *texts))) from error
+    try:
+        yield
+    finally:
+        node.stop()
 
 
 def _print_failure(log: str) -> None:
