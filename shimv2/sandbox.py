@@ -548,8 +548,10 @@ class Sandbox:
     def _report_timeline(self) -> None:
         if not self.timeline.is_reported:
             self.timeline.is_reported = True
+            vm = self._machine.vm if self._machine is not None else None
             self.log.info(
                 "sandbox timeline",
                 sandbox_id=self._invocation.sandbox_id,
+                accelerator=vm.accelerator if vm is not None else "none",
                 **self.timeline.as_ms(),
             )
