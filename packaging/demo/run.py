@@ -33,6 +33,10 @@ RUNTIME: Final = "io.containerd.kata.v2"
 TIMELINE_EVENT: Final = "sandbox timeline"
 PULL_S: Final = 600
 BAR_WIDTH: Final = 40
+ACCELERATORS: Final = {
+    "kvm": "accelerated by KVM",
+    "tcg": "emulated, because this host has no KVM that runs ordinary kernels",
+}
 # The shim's marks (shimv2/boot.py, sandbox.py, container.py) in words.
 PHASES: Final = {
     "helpers": "virtiofsd and vsock device up",
@@ -122,14 +126,16 @@ def run_container(node: Node, image: str, command: Sequence[str]) -> Run:
     return Run("".join(lines), process.returncode, time.monotonic() - started)
 
 
-def read_timeline(log: str) -> dict[str, float]:
-    """Return the phases of the last timeline line in containerd's log, in milliseconds."""
-    for line in reversed(log.splitlines()):
-        record = _json_object(line)
-        if record.get("event") == TIMELINE_EVENT:
-            marks = ((name, at) for name, at in record.items() if isinstance(at, float))
-            return {PHASES.get(name, name): at for name, at in marks}
-    return {}
+def timeline_record(log: str) -> dict[str, object]:
+    """Return the last timeline line of the shim in containerd's log."""
+    records = map(_json_object, reversed(log.splitlines()))
+    return next((found for found in records if found.get("event") == TIMELINE_EVENT), {})
+
+
+def phases(record: Mapping[str, object]) -> dict[str, float]:
+    """Return the ends of the phases in a timeline record, in milliseconds."""
+    marks = ((name, at) for name, at in record.items() if isinstance(at, float))
+    return {PHASES.get(name, name): at for name, at in marks}
 
 
 def _json_object(line: str) -> dict[str, object]:
@@ -141,9 +147,9 @@ def _json_object(line: str) -> dict[str, object]:
     return {}
 
 
-def timeline_lines(phases: Mapping[str, float]) -> Iterator[str]:
+def timeline_lines(ends: Mapping[str, float]) -> Iterator[str]:
     """Draw each phase from the end of the one before it to its own end."""
-    ordered = sorted(phases.items(), key=lambda item: item[1])
+    ordered = sorted(ends.items(), key=lambda item: item[1])
     total = max((at for _, at in ordered), default=0.0) or 1.0
     width = max((len(name) for name, _ in ordered), default=0)
     previous = 0.0
@@ -169,10 +175,13 @@ def report(result: Run, log: str, *, is_default: bool) -> None:
     print(f"\nexit status    {result.status}")
     print(f"host kernel    {platform.release()}")
     print(f"guest kernel   {guest_kernel(result, is_default=is_default)}")
-    phases = read_timeline(log)
-    if phases:
+    record = timeline_record(log)
+    accelerator = ACCELERATORS.get(str(record.get("accelerator")))
+    if accelerator:
+        print(f"machine        QEMU, {accelerator}")
+    if record:
         print("timeline, from the first request for the container to the shim:")
-        for line in timeline_lines(phases):
+        for line in timeline_lines(phases(record)):
             print(line)
     print(f"`ctr run` took {result.wall_s:.2f} s from start to end.")
 

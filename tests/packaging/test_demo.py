@@ -40,11 +40,14 @@ def test_last_timeline_in_the_log_counts_and_only_its_marks(demo: ModuleType) ->
             "{ not json",
         )
     )
-    assert demo.read_timeline(log) == {"about to launch the VMM": 2.5, "agent ready": 900.0}
+    assert demo.phases(demo.timeline_record(log)) == {
+        "about to launch the VMM": 2.5,
+        "agent ready": 900.0,
+    }
 
 
 def test_log_without_a_timeline_gives_none(demo: ModuleType) -> None:
-    assert demo.read_timeline("containerd started\n{}\n[1]\n") == {}
+    assert demo.timeline_record("containerd started\n{}\n[1]\n") == {}
 
 
 def test_bars_are_in_order_and_within_the_width(demo: ModuleType) -> None:
