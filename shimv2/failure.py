@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_REPORTS = 32
 _CONSOLE_LINES_IN_TEXT = 6
+_TELLING_LINES_IN_TEXT = 3
 _MAX_REPORT_BYTES = 64 << 10
 _MAX_CONSOLE_LINES = 200
 
@@ -127,13 +128,12 @@ class FailureReport:
         """Return the report as one paragraph of at most 2 KiB."""
         limit = f" of {self.deadline_s:g} s" if self.deadline_s is not None else ""
         parts = [f"{self.phase} failed after {self.elapsed_s:.1f} s{limit}: {self.error}"]
-        if self.vm_exit:
+        if self.vm_exit and self.vm_exit not in self.error:
             parts.append(f"the VM: {self.vm_exit}")
         if self.stderr_tail:
             parts.append("the VMM said: " + " | ".join(self.stderr_tail[-3:]))
         if self.console_tail:
-            lines = [line.strip() for line in self.console_tail if line.strip()]
-            parts.append("console: " + " | ".join(lines[-_CONSOLE_LINES_IN_TEXT:]))
+            parts.append("console: " + " | ".join(_telling_lines(self.console_tail)))
         advice = self.advice
         tail = f"; likely cause: {advice}" if advice else ""
         body = clip("; ".join(parts), MAX_MESSAGE_BYTES - len(tail.encode()))
@@ -177,6 +177,19 @@ class FailureReport:
             record["error"] = self.error[:8192]
             data = json.dumps(record, indent=1).encode()
         return data
+
+
+def _telling_lines(console: Sequence[str]) -> list[str]:
+    """Pick what goes into the text: lines that a cause is known by, and then the last ones.
+
+    A panicking kernel says why first and prints its stack after it.
+    """
+    lines = [line.strip() for line in console if line.strip()]
+    signs = [sign for known in KNOWN_CAUSES for sign in known.signs]
+    telling = [line for line in lines if any(sign in line for sign in signs)]
+    chosen = telling[:_TELLING_LINES_IN_TEXT]
+    last = [line for line in lines[-_CONSOLE_LINES_IN_TEXT:] if line not in chosen]
+    return chosen + last[len(chosen) :] if chosen else last
 
 
 class SandboxFailed(ShimError):

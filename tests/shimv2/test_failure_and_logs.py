@@ -37,6 +37,14 @@ def test_the_text_tells_phase_times_exit_console_and_advice():
     assert "likely cause: the initrd" in text
 
 
+def test_the_line_that_tells_is_shown_however_much_follows_it():
+    console = ["boot", "Kernel panic - not syncing: No working init found", *["trace"] * 50, "end"]
+    made = report(error="the guest rebooted", vm_exit="guest rebooted", console_tail=console)
+    assert "No working init found" in made.text()
+    assert "end" in made.text()
+    assert made.text().count("guest rebooted") == 1
+
+
 def test_a_silent_guest_and_a_silent_agent_get_different_advice():
     assert "printed nothing" in report().text()
     assert "its agent did not answer" in report(console_tail=["Linux version 6.1"]).text()
