@@ -54,6 +54,7 @@ _REPORT_PATIENCE_S: Final = 20.0
 _BETTER_REASON_S: Final = 0.3
 _STOP_DEADLINE_S: Final = 5.0
 _TAIL_LINES: Final = 20
+_PANIC_LINES: Final = 100
 
 
 class SupervisedHelper(Protocol):
@@ -247,7 +248,16 @@ class Machine:
         vm = self.vm
         assert vm is not None
         await vm.run(task_status=task_status)
-        self._die(f"the virtual machine ended: {(await vm.wait_exited()).reason}")
+        reason = (await vm.wait_exited()).reason
+        self._die(f"the virtual machine ended: {reason}{self._panic()}")
+
+    def _panic(self) -> str:
+        """The guest kernel's last words: a guest without a panic device just reboots."""
+        for line in reversed(self.vm.console.tail(_PANIC_LINES) if self.vm is not None else []):
+            _, found, text = line.partition("Kernel panic")
+            if found:
+                return f" after a kernel panic{text[:200]}"
+        return ""
 
     async def _supervise_agent(self, *, task_status: trio.TaskStatus[None]) -> None:
         assert self.agent is not None

@@ -17,7 +17,7 @@ from agent_proto.errors import AgentError, AgentStatus, AgentTimeout, AgentUnrea
 from agent_proto.pb import agent_pb2, oci_pb2
 from shimv2.errors import AlreadyExists, NotFound, Unavailable
 from shimv2.guest_spec import guest_process_message, guest_resources
-from shimv2.lifecycle import Operation, Refused, Role, State, verdict
+from shimv2.lifecycle import Operation, Role, State
 from shimv2.oci_messages import message_from_json
 from shimv2.process import (
     KILLED_STATUS,
@@ -286,9 +286,7 @@ class Container:
 
     def add_exec(self, exec_id: str, spec: JsonObject, plan: StdioPlan) -> ContainerProcess:
         """Register an exec; it runs at its Start."""
-        match verdict(Role.INIT, Operation.EXEC, self.init.state):
-            case Refused(error=error, text=text):
-                raise error(f"container {self.id}: {text}")
+        self.init.refuse(Operation.EXEC)
         if exec_id in self.execs or exec_id == self.id:
             raise AlreadyExists(f"exec {exec_id} of container {self.id} already exists")
         # Refused here rather than at Start, where a client no longer expects its own mistakes.

@@ -256,16 +256,18 @@ def _guest_namespaces(linux: JsonObject) -> list[JsonObject]:
 
 
 def _guest_devices(linux: JsonObject) -> list[JsonObject]:
+    # A privileged container lists all of the host's devices; what it may use are its machine's.
+    is_privileged = _allows_all_devices(linux.get("resources") or {})
     kept = []
     for device in linux.get("devices") or []:
         number = (device.get("major"), device.get("minor"))
-        if device.get("type") not in ("c", "u") or number not in _GUEST_DEVICES:
+        if device.get("type") in ("c", "u") and number in _GUEST_DEVICES:
+            kept.append(device)
+        elif not is_privileged:
             raise InvalidArgument(
                 f"device {device.get('path')} ({device.get('type')} {number[0]}:{number[1]}) is "
-                "the host's and cannot be given to a VM; for privileged containers set "
-                "privileged_without_host_devices = true in containerd's runtime table",
+                "the host's and cannot be given to a VM; remove it"
             )
-        kept.append(device)
     return kept
 
 

@@ -130,15 +130,24 @@ class ContainerProcess:
         while True:
             if self.is_gone:
                 raise NotFound(f"{self.describe()} not found")
+            self.refuse(operation)
             match verdict(self.role, operation, self.state):
-                case Refused(error=error, text=text):
-                    raise error(f"{self.describe()}: {text}")
                 case NoOp():
                     return False
                 case Later():
                     await self._changed.wait()
                 case _:
                     return True
+
+    def _because(self) -> str:
+        """Why it ended, when that wasn't its own doing."""
+        return f" ({self.exit.reason})" if self.exit is not None and self.exit.reason else ""
+
+    def refuse(self, operation: Operation) -> None:
+        """Raise the table's refusal, if that is its answer; wait for nothing."""
+        match verdict(self.role, operation, self.state):
+            case Refused(error=error, text=text):
+                raise error(f"{self.describe()}: {text}{self._because()}")
 
     def describe(self) -> str:
         if self.exec_id:

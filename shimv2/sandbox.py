@@ -21,6 +21,7 @@ from agent_proto.errors import AgentError, AgentStatus, AgentUnreachable
 from hypervisors.errors import PreconditionFailed
 from shimv2.boot import Machine, Machinery
 from shimv2.bundle import Bundle, ContainerKind
+from shimv2.cleanup import remove_state
 from shimv2.container import Container, Log
 from shimv2.errors import (
     AlreadyExists,
@@ -346,12 +347,18 @@ class Sandbox:
 
     def _new_machine(self, config: RuntimeConfig) -> Machine:
         assert self._jobs is not None
+        for problem in remove_state(self._state_dir):
+            self.log.warning("left by an earlier shim", problem=problem)
         self._state_dir.create()
-        self._journal = Journal.open(
-            self._state_dir.journal,
-            namespace=self._invocation.namespace,
-            sandbox_id=self._invocation.sandbox_id,
-        )
+        try:
+            self._journal = Journal.open(
+                self._state_dir.journal,
+                namespace=self._invocation.namespace,
+                sandbox_id=self._invocation.sandbox_id,
+            )
+        except BaseException:
+            self._state_dir.remove()
+            raise
         self._share = Share(self._state_dir.directory, self._journal, self._parts.mounts)
         self._share.prepare()
         self._machine = Machine(

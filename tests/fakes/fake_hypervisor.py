@@ -4,7 +4,7 @@
     hypervisor.on_launch = announce          # what the guest does once it has power
     machinery = hypervisor.machinery()       # what shimv2.boot takes
 
-A machine ends when the test or the shim says so, and then `on_exit` runs: cut the agent's wire there.
+A machine ends when the test or the shim says so; then `on_exit` runs: cut the wire there.
 """
 
 from __future__ import annotations

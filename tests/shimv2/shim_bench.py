@@ -1,9 +1,9 @@
 """A whole shim in the test process: real ttrpc to the Task service and to the agent, fakes beyond.
 
-    async with ShimBench(tmp_path) as shim:
-        await shim.create("c1")
-        await shim.start("c1")
-        assert (await shim.wait("c1")).exit_status == 0
+async with ShimBench(tmp_path) as shim:
+    await shim.create("c1")
+    await shim.start("c1")
+    assert (await shim.wait("c1")).exit_status == 0
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class ShimBench:
             yield self
             nursery.cancel_scope.cancel()
             guest.cancel_scope.cancel()
-        assert not Path(self.state_dir.path).exists(), list(Path(self.state_dir.path).iterdir())
+        assert not self.state_dir.exists(), os.listdir(self.state_dir.path)
         assert all(helper.is_closed for helper in self.hypervisor.helpers)
         assert all(machine.exit is not None for machine in self.hypervisor.machines)
 
@@ -200,6 +200,11 @@ class ShimBench:
         )
         return reply.FromString(payload) if reply is not None else None
 
+    async def until(self, is_true: Callable[[], bool]) -> None:
+        """Wait for something that announces itself by nothing; the caller sets the deadline."""
+        while not is_true():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
     def bundle(self, container_id: str, config: dict[str, Any] | None = None) -> Path:
         """Make a bundle directory with a rootfs."""
         path = self.root / "bundles" / container_id
@@ -213,8 +218,12 @@ class ShimBench:
         return str(path)
 
     async def create(
-        self, container_id: str = "c1", config: dict[str, Any] | None = None,
-        *, timeout_s: float | None = None, **fields: Any,
+        self,
+        container_id: str = "c1",
+        config: dict[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **fields: Any,
     ) -> Message:
         bundle = self.bundle(container_id, config)
         request = pb.CreateTaskRequest(id=container_id, bundle=str(bundle), **fields)
@@ -237,7 +246,12 @@ class ShimBench:
         return await self.call("State", request, pb.StateResponse)
 
     async def kill(
-        self, container_id: str = "c1", signal: int = 9, exec_id: str = "", *, everyone: bool = False
+        self,
+        container_id: str = "c1",
+        signal: int = 9,
+        exec_id: str = "",
+        *,
+        everyone: bool = False,
     ) -> None:
         request = pb.KillRequest(id=container_id, exec_id=exec_id, signal=signal, all=everyone)
         await self.call("Kill", request)
@@ -247,7 +261,10 @@ class ShimBench:
         return await self.call("Delete", request, pb.DeleteResponse)
 
     async def exec(
-        self, exec_id: str, container_id: str = "c1", process: dict[str, Any] | None = None,
+        self,
+        exec_id: str,
+        container_id: str = "c1",
+        process: dict[str, Any] | None = None,
         **fields: Any,
     ) -> None:
         request = pb.ExecProcessRequest(id=container_id, exec_id=exec_id, **fields)

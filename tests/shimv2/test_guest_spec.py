@@ -123,8 +123,14 @@ def test_devices_that_every_linux_has_are_kept_and_others_refused() -> None:
     fuse = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
     assert made(spec(linux={"devices": [fuse]})).Linux.Devices[0].Path == "/dev/fuse"
     disk = {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
-    with pytest.raises(InvalidArgument, match="privileged_without_host_devices"):
+    with pytest.raises(InvalidArgument, match=r"/dev/sda \(b 8:0\) is the host's"):
         made(spec(linux={"devices": [disk]}))
+
+
+def test_a_privileged_container_gets_no_device_of_the_host() -> None:
+    disk = {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
+    resources = {"devices": [{"allow": True, "access": "rwm"}]}
+    assert not made(spec(linux={"devices": [disk], "resources": resources})).Linux.Devices
 
 
 def test_a_privileged_container_keeps_its_access_to_all_devices() -> None:

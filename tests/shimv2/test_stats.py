@@ -22,9 +22,7 @@ def counters() -> Any:
         cgroup.memory_stats.stats[key] = value
     cgroup.pids_stats.current = 3
     for minor, op, value in ((0, "Read", 11), (0, "Write", 12), (16, "read", 13)):
-        cgroup.blkio_stats.io_service_bytes_recursive.add(
-            major=8, minor=minor, op=op, value=value
-        )
+        cgroup.blkio_stats.io_service_bytes_recursive.add(major=8, minor=minor, op=op, value=value)
     cgroup.blkio_stats.io_serviced_recursive.add(major=8, minor=0, op="read", value=1)
     stats.network_stats.add(name="eth0", rx_bytes=5, tx_dropped=6)
     return stats

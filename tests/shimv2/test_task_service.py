@@ -213,8 +213,11 @@ async def test_kill_all_reaches_every_process(tmp_path: Path) -> None:
         assert (await shim.wait(exec_id="e1")).exit_status == 143
 
 
-@pytest.mark.parametrize("method", ["State", "Pids", "Kill", "Wait", "Delete", "Start", "Pause",
-                                    "Resume", "Stats", "Update", "ResizePty", "CloseIO"])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    ["State", "Pids", "Kill", "Wait", "Delete", "Start", "Pause", "Resume", "Stats", "Update",
+     "ResizePty", "CloseIO"],
+)  # fmt: skip
 async def test_an_unknown_container_is_not_found(tmp_path: Path, method: str) -> None:
     request = {
         "State": pb.StateRequest, "Pids": pb.PidsRequest, "Kill": pb.KillRequest,
@@ -333,8 +336,7 @@ async def test_oom_is_told_once_and_only_of_own_containers(tmp_path: Path) -> No
         for name in ("somebody-else", "c1", "c1"):
             shim.agent.oom(name)
         with trio.fail_after(5):
-            while not shim.publisher.named("oom"):
-                await trio.sleep(0.01)
+            await shim.until(lambda: bool(shim.publisher.named("oom")))
         assert [message.container_id for message in shim.publisher.named("oom")] == ["c1"]
 
 
