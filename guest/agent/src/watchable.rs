@@ -108,6 +108,13 @@ fn join(base: &Path, relative: &Path) -> PathBuf {
     if relative.as_os_str().is_empty() { base.to_owned() } else { base.join(relative) }
 }
 
+/// A name in the same directory that a rename can replace the real one from.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".kata-new-");
+    name.push(path.file_name().unwrap_or_default());
+    path.with_file_name(name)
+}
+
 /// Brings the target from one state of the source to the next: new first, links then, old last,
 /// so that a configmap's `..data` link never points at nothing.
 fn copy(source: &Path, target: &Path, last: &Tree, now: &Tree) -> io::Result<()> {
@@ -122,22 +129,23 @@ fn copy(source: &Path, target: &Path, last: &Tree, now: &Tree) -> io::Result<()>
         } else if status.is_symlink() {
             links.push((fs::read_link(&from)?, to));
         } else if status.is_file() {
-            let temporary = to.with_extension("kata-new");
+            let temporary = beside(&to);
             fs::copy(&from, &temporary)?;
             std::os::unix::fs::chown(&temporary, Some(status.uid()), Some(status.gid()))?;
             fs::rename(&temporary, &to)?;
         }
     }
     for (points_to, to) in links {
-        let temporary = to.with_extension("kata-new");
+        let temporary = beside(&to);
         let _ = fs::remove_file(&temporary);
         symlink(points_to, &temporary)?;
         fs::rename(&temporary, &to)?;
     }
     for relative in last.keys().filter(|path| !now.contains_key(*path)).rev() {
         let path = join(target, relative);
+        let is_directory = fs::symlink_metadata(&path).is_ok_and(|status| status.is_dir());
         let removed =
-            if path.is_dir() { fs::remove_dir(&path) } else { fs::remove_file(&path) };
+            if is_directory { fs::remove_dir(&path) } else { fs::remove_file(&path) };
         if let Err(error) = removed
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -145,4 +153,50 @@ fn copy(source: &Path, target: &Path, last: &Tree, now: &Tree) -> io::Result<()>
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("kata-agent-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    #[test]
+    fn change_of_a_configmap_arrives_whole() {
+        let (source, target) = (scratch("source"), scratch("target"));
+        fs::create_dir(source.join("..data_1")).unwrap();
+        fs::write(source.join("..data_1/key"), "one").unwrap();
+        symlink("..data_1", source.join("..data")).unwrap();
+        symlink("..data/key", source.join("key")).unwrap();
+        let first = scan(&source).unwrap().unwrap();
+        copy(&source, &target, &Tree::new(), &first).unwrap();
+        assert_eq!(fs::read_to_string(target.join("key")).unwrap(), "one");
+
+        fs::create_dir(source.join("..data_2")).unwrap();
+        fs::write(source.join("..data_2/key"), "two").unwrap();
+        symlink("..data_2", source.join("..tmp")).unwrap();
+        fs::rename(source.join("..tmp"), source.join("..data")).unwrap();
+        fs::remove_dir_all(source.join("..data_1")).unwrap();
+        let second = scan(&source).unwrap().unwrap();
+        copy(&source, &target, &first, &second).unwrap();
+        assert_eq!(fs::read_to_string(target.join("key")).unwrap(), "two");
+        assert!(!target.join("..data_1").exists());
+        fs::remove_dir_all(source).unwrap();
+        fs::remove_dir_all(target).unwrap();
+    }
+
+    #[test]
+    fn tree_beyond_the_limits_is_not_followed() {
+        let source = scratch("large");
+        for number in 0..=MAX_FILES {
+            fs::write(source.join(number.to_string()), "").unwrap();
+        }
+        assert!(scan(&source).unwrap().is_none());
+        fs::remove_dir_all(source).unwrap();
+    }
 }
