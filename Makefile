@@ -11,7 +11,7 @@ DESTDIR ?= /
 VENV := build/venv
 PYTHON := $(VENV)/bin/python
 AGENT := build/agent-target/x86_64-unknown-linux-gnu/release/kata-agent
-CHECKED := ttrpc agent_proto hypervisors netns shimv2 guest tests
+CHECKED := ttrpc agent_proto hypervisors netns shimv2 guest
 
 .PHONY: help
 help: ## List the targets
