@@ -30,6 +30,7 @@ for word in $(cat /proc/cmdline); do
   case $word in
     scenario=poweroff) poweroff -f;;
     scenario=reboot) reboot -f;;
+    scenario=flood) head -c 60000 /dev/urandom; poweroff -f;;
     scenario=panic) echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger;;
   esac
 done

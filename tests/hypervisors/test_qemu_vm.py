@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -10,6 +11,7 @@ import socket
 import struct
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -91,6 +93,17 @@ async def test_killed_vmm_is_reported_within_a_second_and_sandboxed(make_spec, r
     assert ending.kind is ExitKind.KILLED
     assert ending.signal == signal.SIGKILL
     assert "SIGKILL" in ending.reason
+
+
+async def test_console_flood_is_bounded_and_printable(make_spec, records):
+    async with running(make_spec("flood", console_bytes=16384), records) as machine:
+        with trio.fail_after(BOOT_DEADLINE_S):
+            ending = await machine.wait_exited()
+    assert ending.kind is ExitKind.CLEAN
+    assert machine.console.total_bytes > 60_000
+    tail = machine.console.tail(100_000)
+    assert sum(map(len, tail)) <= 4 * (16384 + 4096)  # one byte is up to 4 characters escaped
+    assert all(line.isprintable() and line.isascii() for line in tail)
 
 
 async def test_shutdown_without_an_answering_guest_ends_the_vmm(make_spec, records):
@@ -176,6 +189,7 @@ async def test_death_of_a_helper_is_reported_and_the_machine_still_obeys(
         await fs.aclose()
         await vsock.aclose()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["share"]
+    assert processes_naming(str(tmp_path)) == []
 
 
 async def test_cancelled_launch_leaves_nothing(make_spec, records):
@@ -183,6 +197,16 @@ async def test_cancelled_launch_leaves_nothing(make_spec, records):
         with trio.move_on_after(delay_s):
             await find_hypervisor("qemu").launch(make_spec(), record=records.append)
             pytest.skip("the machine was launched before it could be cancelled")
+
+
+def processes_naming(text):
+    """Living processes with `text` in their arguments: a daemon's own children are not recorded."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if text in (entry / "cmdline").read_text():
+                found.append(entry.name)
+    return found
 
 
 def make_tap_elsewhere():

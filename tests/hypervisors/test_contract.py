@@ -1,0 +1,230 @@
+"""What `hypervisors/base.py` promises, checked on every backend that can run here.
+
+A backend of another distribution is tested by adding its name to BACKENDS; nothing below knows
+which one it talks to. Machines are ended long before their guest is up, so a test takes tenths of a
+second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from hypervisors.errors import (
+    ControlError,
+    HypervisorError,
+    LaunchFailed,
+    PreconditionFailed,
+    SpawnFailed,
+    Unsupported,
+)
+from hypervisors.machine import BlockDevice, ExitKind, Rng, SharedDirectory, VmEventKind
+from hypervisors.registry import find_hypervisor
+
+pytestmark = [pytest.mark.e2e, pytest.mark.root]
+BACKENDS = ["qemu"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return find_hypervisor(request.param)
+
+
+@pytest.fixture
+def no_descriptor_left():
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@asynccontextmanager
+async def running(backend, spec, records):
+    machine = await backend.launch(spec, record=records.append)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(machine.run)
+        try:
+            yield machine
+        finally:
+            machine.kill()
+
+
+async def test_backend_is_found_by_its_own_name(backend):
+    assert type(find_hypervisor(backend.name)) is type(backend)
+
+
+@pytest.mark.parametrize("field", ["kernel", "initrd", "binary"])
+async def test_missing_file_is_refused_before_anything_is_taken(
+    backend, make_spec, field, no_descriptor_left
+):
+    spec = make_spec(**{field: Path("/nowhere/file")})
+    records: list[object] = []
+    with pytest.raises(PreconditionFailed, match="/nowhere/file"):
+        backend.check(spec)
+    with pytest.raises(PreconditionFailed, match="/nowhere/file"):
+        await backend.launch(spec, record=records.append)
+    assert records == []
+
+
+async def test_exit_is_one_value_for_every_caller_and_the_last_event(
+    backend, make_spec, records, no_descriptor_left
+):
+    seen = []
+    async with running(backend, make_spec(), records) as machine:
+        assert machine.exit is None
+        assert machine.accelerator in ("kvm", "tcg")
+        assert machine.pid == records[0].pid
+        assert sorted(machine.addresses) == ["rng"]
+
+        async def wait():
+            seen.append(await machine.wait_exited())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            machine.kill()
+            machine.kill()
+    ending = await machine.wait_exited()
+    assert [machine.exit, *seen] == [ending] * 3
+    assert ending.kind is ExitKind.KILLED
+    assert ending.signal == signal.SIGKILL
+    events = [event async for event in machine.events]
+    assert events[-1].kind is VmEventKind.EXITED
+    assert events[-1].detail == ending.reason
+    machine.kill()
+
+
+async def test_ended_machine_refuses_every_verb(backend, make_spec, records, tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    async with running(backend, make_spec(), records) as machine:
+        machine.kill()
+    for verb in (
+        machine.pause,
+        machine.resume,
+        lambda: machine.attach(BlockDevice(id="d", path=disk, read_only=True)),
+        lambda: machine.resize_vcpus(2),
+        lambda: machine.resize_memory(512),
+    ):
+        with pytest.raises(ControlError):
+            await verb()
+    assert await machine.shutdown(1) == machine.exit
+    await machine.aclose()
+
+
+async def test_cancelled_supervision_takes_the_vmm_along(
+    backend, make_spec, records, no_descriptor_left
+):
+    machine = await backend.launch(make_spec(), record=records.append)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(machine.run)
+        nursery.cancel_scope.cancel()
+    assert machine.exit.kind is ExitKind.KILLED
+    assert await machine.wait_exited() == machine.exit
+
+
+async def test_machine_that_was_never_supervised_can_be_closed(
+    backend, make_spec, records, no_descriptor_left
+):
+    machine = await backend.launch(make_spec(), record=records.append)
+    await machine.aclose()
+    await machine.aclose()
+    assert machine.exit.kind is ExitKind.KILLED
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("#!/bin/sh\necho 'no such feature' >&2\nexit 3\n", "exited with 3.*no such feature"),
+        ("#!/bin/sh\nkill -SEGV $$\n", "SIGSEGV"),
+        ("#!/nowhere/interpreter\n", "No such file"),
+    ],
+)
+async def test_vmm_that_does_not_start_is_reported_with_its_last_words(
+    backend, make_spec, records, tmp_path, program, words, no_descriptor_left
+):
+    binary = tmp_path / "vmm"
+    binary.write_text(program)
+    binary.chmod(0o755)
+    with pytest.raises((LaunchFailed, SpawnFailed), match=words), trio.fail_after(5):
+        await backend.launch(make_spec(binary=binary), record=records.append)
+
+
+async def test_missing_daemon_of_a_device_is_reported(backend, make_spec, records, tmp_path):
+    share = SharedDirectory(id="fs", tag="t", socket=tmp_path / "nobody.sock")
+    with pytest.raises(LaunchFailed, match=r"nobody\.sock"):
+        await backend.launch(make_spec(devices=(share,)), record=records.append)
+    assert records == []
+
+
+async def test_failing_journal_stops_the_launch(backend, make_spec, no_descriptor_left):
+    pids = []
+
+    def record(entry):
+        pids.append(entry.pid)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        await backend.launch(make_spec(), record=record)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+async def test_what_the_specification_left_no_room_for_is_unsupported(
+    backend, make_spec, records, tmp_path
+):
+    spec = make_spec(hotplug_ports=0, max_vcpus=1, max_memory_mib=256)
+    can = backend.capabilities(spec)
+    assert not any((can.block_hotplug, can.vcpu_hotplug, can.memory_hotplug))
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(4096))
+    async with running(backend, spec, records) as machine:
+        for verb in (
+            lambda: machine.attach(BlockDevice(id="d", path=disk, read_only=True)),
+            lambda: machine.attach(Rng(id="second")),
+            lambda: machine.resize_vcpus(2),
+            lambda: machine.resize_memory(512),
+        ):
+            with pytest.raises(Unsupported) as caught:
+                await verb()
+            assert caught.value.hint
+        with pytest.raises(KeyError):
+            await machine.detach("never attached")
+        with pytest.raises((PreconditionFailed, Unsupported)):
+            await machine.attach(BlockDevice(id="d", path=tmp_path / "no", read_only=True))
+        assert await machine.resize_vcpus(1) == 1
+        assert await machine.resize_memory(256) == 256
+
+
+async def test_refused_attach_leaves_no_trace_and_the_name_free(
+    backend, make_spec, records, tmp_path
+):
+    empty, disk = tmp_path / "empty", tmp_path / "disk"
+    empty.touch()
+    disk.write_bytes(bytes(4096))
+    async with running(backend, make_spec(hotplug_ports=2), records) as machine:
+        # A writable disk that is in use is locked by the VMM itself.
+        await machine.attach(BlockDevice(id="first", path=disk, read_only=False))
+        with pytest.raises(HypervisorError):
+            await machine.attach(BlockDevice(id="second", path=disk, read_only=False))
+        with pytest.raises(HypervisorError):
+            await machine.attach(BlockDevice(id="first", path=empty, read_only=True))
+        assert sorted(machine.addresses) == ["first", "rng"]
+
+
+async def test_stopped_vmm_answers_nothing_but_dies_when_told(backend, make_spec, records):
+    async with running(backend, make_spec(), records) as machine:
+        await machine.pause()
+        os.kill(machine.pid, signal.SIGSTOP)
+        with pytest.raises(ControlError, match="no answer within"), trio.fail_after(10):
+            await machine.resume()
+        machine.kill()
+        with trio.fail_after(1):
+            assert (await machine.wait_exited()).kind is ExitKind.KILLED
