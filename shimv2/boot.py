@@ -110,6 +110,7 @@ class Machine:
         self._kernel_vsock: KernelVsockDescriptor | None = None
         self._scope = trio.CancelScope()
         self._is_closing = False
+        self.launched = trio.Event()
         self.vm: VirtualMachine | None = None
         self.agent: AgentClient | None = None
         self.death: str | None = None
@@ -212,6 +213,7 @@ class Machine:
         self.vm = await self._machinery.hypervisor.launch(spec, record=self._record)
         await self._jobs.start(self._supervise_vm)
         self._timeline.mark("launched")
+        self.launched.set()
 
     async def _start_virtiofsd(self) -> None:
         path = self._socket("virtiofsd.sock")

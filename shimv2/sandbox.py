@@ -10,6 +10,7 @@ until the container that it was made for ends, or the shim is shut down.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -37,12 +38,13 @@ from shimv2.errors import (
 )
 from shimv2.failure import FailureReport, SandboxFailed
 from shimv2.guest_requests import container_request, sandbox_request
+from shimv2.guest_spec import shared_mounts
 from shimv2.journal import Journal
 from shimv2.lifecycle import Operation, State
 from shimv2.logger import start_logger
 from shimv2.machine_plan import plan_machine
 from shimv2.oom_watch import watch_oom
-from shimv2.process import ProcessExit, exit_now
+from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
 from shimv2.rootfs import GuestPaths, MountCalls, Share, sandbox_dns
 from shimv2.timeline import Timeline
 
@@ -218,6 +220,9 @@ class Sandbox:
         bundle = creation.bundle
         if bundle.container_id in self.containers:
             raise AlreadyExists(f"container {bundle.container_id} already exists")
+        shared_mounts(bundle.spec)  # refused now rather than after a boot
+        if bundle.spec.get("hooks"):
+            self.log.warning("hooks are not run", container_id=bundle.container_id)
         container = Container(bundle, creation.stdio, self)
         self.containers[container.id] = container
         try:
@@ -242,7 +247,7 @@ class Sandbox:
         await self._finish(container.start, exec_id)
         if not self._is_watching_oom and not self.ended.is_set():
             self._is_watching_oom = True
-            self.start_job(watch_oom, self.agent, self.containers.get, self.events.oom)
+            self.start_job(watch_oom, self.agent, self.containers.get, self._tell_oom)
 
     async def delete(self, container: Container, exec_id: str) -> ProcessExit:
         """Delete a process; with the init process, its container."""
@@ -290,6 +295,8 @@ class Sandbox:
             prepared: list[GuestPaths] = []
 
             async def prepare() -> None:
+                # The guest's kernel takes a second to come up; until it does, this costs nothing.
+                await machine.launched.wait()
                 await container.open_stdio(container.init)
                 prepared.append(self._add_to_share(container, creation))
                 timeline.mark("rootfs")
@@ -457,9 +464,13 @@ class Sandbox:
         return ended
 
     async def _end_with(self, container: Container) -> None:
-        relay = container.init.relay
-        if relay is not None:
-            await relay.finished.wait()
+        # What was written before the end is still in the guest: its readers get it first.
+        if container.init.relay is not None:
+            await container.init.relay.outputs_ended.wait()
+        with trio.move_on_after(DRAIN_DEADLINE_S):
+            for process in list(container.execs.values()):
+                if process.relay is not None:
+                    await process.relay.outputs_ended.wait()
         await self._take_down(f"container {container.id} ended")
 
     async def _remove_in_guest(self, container: Container) -> None:
@@ -545,6 +556,12 @@ class Sandbox:
         if error is not None:
             raise error
         return value
+
+    def _tell_oom(self, container: Container) -> None:
+        self.events.oom(container)
+        # CRI-O has no events of containerd's and looks for this file. Source: Kata service.go.
+        with contextlib.suppress(OSError):
+            (container.bundle.path / "oom").touch()
 
     def _record_logger(self, record: ChildRecord) -> None:
         assert self._journal is not None
