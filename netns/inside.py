@@ -1,19 +1,26 @@
 """Does a small piece of work inside of another network namespace, in a child process.
 
 `setns` would move the calling thread, and a failure on the way back would leave the shim with its
-sockets in the pod's network. A forked child moves instead, works, hands its file descriptors over a
-socket and ends; the caller never leaves its namespace.
+sockets in the pod's network. A forked child moves instead, works, hands bytes and file descriptors
+over a socket and ends; the caller never leaves its namespace, and what the child imports never
+becomes the caller's memory.
+
+The answer is one header packet, with the descriptors, and then its bytes in packets.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
+import select
 import signal
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -27,82 +34,165 @@ WORK_S: Final = 10.0
 
 _EXIT_S: Final = 1.0
 
-MAX_FDS: Final = 64
+MAX_FDS: Final = 128
+
+# Ten thousand routes are 1.2 MB of netlink; more is no pod.
+MAX_BYTES: Final = 16 << 20
+_PACKET_BYTES: Final = 32 << 10
 
 # Source: linux/sched.h
 _CLONE_NEWNET: Final = 0x4000_0000
 
-# What the child sends: errno (0: done) and the name of the operation that failed.
-_ANSWER: Final = struct.Struct("=i200p")
+# errno (0: done), length of the bytes that follow, the operation that failed, what else is known.
+_ANSWER: Final = struct.Struct("=iI200p255p")
 
 _FD: Final = struct.Struct("=i")
 
-Work = Callable[[], list[int]]
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What work hands back: bytes, and descriptors that become the caller's."""
+
+    payload: bytes = b""
+    fds: list[int] = field(default_factory=list)
+
+
+Work = Callable[[], Outcome]
 
 
 class WorkFailed(Exception):
     """Raised by work in the child: `operation` failed with `errno`."""
 
-    def __init__(self, operation: str, errno: int) -> None:
-        super().__init__(operation, errno)
+    def __init__(self, operation: str, errno: int, detail: str = "") -> None:
+        super().__init__(operation, errno, detail)
         self.operation = operation
         self.errno = errno
+        self.detail = detail
 
 
 async def run_inside(
-    namespace: Path, name: str, work: Work, *, timeout_s: float = WORK_S
-) -> list[int]:
-    """Run `work` in a child inside of `namespace` and return the file descriptors it returns.
+    namespace: Path | int, name: str, work: Work, *, timeout_s: float = WORK_S
+) -> Outcome:
+    """Run `work` in a child inside of `namespace` (a path, or an open descriptor of it).
 
-    `work` may only make system calls: it runs between fork and exit, where the interpreter's other
-    users are gone. The descriptors are close-on-exec and the caller's. Safe to cancel: the child
-    and what it has made are gone then.
+    `work` runs between fork and exit: all descriptors of the caller's but the standard ones are
+    closed, its signal handlers are gone. The descriptors of the outcome are close-on-exec and the
+    caller's. Safe to cancel: the child and what it has made in descriptors are gone then.
 
     Raises:
         NamespaceGone: `namespace` can't be opened or isn't a network namespace.
         KernelRefused: `work` raised WorkFailed or OSError.
         HelperLost: the child was killed, or had no answer within `timeout_s`.
     """
+    with _child(namespace, work) as (ours, pidfd):
+        receiver = _Receiver(ours, name)
+        try:
+            with trio.move_on_after(timeout_s):
+                while not receiver.is_complete:
+                    await trio.lowlevel.wait_readable(ours)
+                    receiver.receive()
+                return receiver.outcome(namespace)
+            raise _too_late(name, timeout_s)
+        except BaseException:
+            receiver.discard()
+            raise
+        finally:
+            # Having answered it ends by itself; killing it makes that true for every other way
+            # here. It is dead at once unless it hangs inside of the kernel; then a zombie stays
+            # until we end.
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with trio.move_on_after(_EXIT_S, shield=True):
+                await trio.lowlevel.wait_readable(pidfd)
+
+
+def run_inside_blocking(
+    namespace: Path | int, name: str, work: Work, *, timeout_s: float = WORK_S
+) -> Outcome:
+    """Do as `run_inside`, for a caller without an event loop."""
+    with _child(namespace, work) as (ours, pidfd):
+        receiver = _Receiver(ours, name)
+        try:
+            while not receiver.is_complete:
+                if not select.select([ours], [], [], timeout_s)[0]:
+                    raise _too_late(name, timeout_s)
+                receiver.receive()
+            return receiver.outcome(namespace)
+        except BaseException:
+            receiver.discard()
+            raise
+        finally:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], _EXIT_S)
+
+
+@contextmanager
+def _child(namespace: Path | int, work: Work) -> Iterator[tuple[socket.socket, int]]:
+    """Fork; give the socket its answer comes on and its pidfd; collect it, dead or not."""
     try:
-        namespace_fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+        namespace_fd = _opened(namespace)
     except OSError as error:
-        raise NamespaceGone(os.fspath(namespace), error.errno or 0) from error
+        raise NamespaceGone(str(namespace), error.errno or 0) from error
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
-            pid = os.fork()
-            if pid == 0:
-                _child(namespace_fd, theirs, work)
-            theirs.close()
-            code, operation, fds = await _reap(pid, ours, name, timeout_s)
+        with ours:
+            with theirs:
+                pid = os.fork()
+                if pid == 0:
+                    _work_and_exit(namespace_fd, theirs, work)
+            pidfd = os.pidfd_open(pid)
+            try:
+                yield ours, pidfd
+            finally:
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+                os.close(pidfd)
     finally:
         os.close(namespace_fd)
-    if operation == "setns" and code:
-        raise NamespaceGone(os.fspath(namespace), code)
-    if code:
-        raise KernelRefused(operation, code)
-    return fds
 
 
-def _child(namespace_fd: int, sock: socket.socket, work: Work) -> NoReturn:
+def _opened(namespace: Path | int) -> int:
+    if isinstance(namespace, int):
+        return os.dup(namespace)
+    return os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _work_and_exit(namespace_fd: int, sock: socket.socket, work: Work) -> NoReturn:
     # No exception and no exit handler of the parent's may run here, whatever happens.
-    code, operation, fds = 0, "", list[int]()
+    code, operation, detail, outcome = 0, "setns", "", Outcome()
     try:
-        _die_with_parent()
-        operation = "setns"
+        _leave_parent(keep=(namespace_fd, sock.fileno()))
         _setns(namespace_fd)
         operation = "work"
-        fds = work()
+        outcome = work()
     except WorkFailed as error:
-        code, operation = error.errno, error.operation
+        code, operation, detail = error.errno, error.operation, error.detail
     except OSError as error:
-        code = error.errno or errno.EIO
-    except BaseException:
-        code = errno.EIO
+        code, detail = error.errno or errno.EIO, str(error)
+    except BaseException as error:
+        code, detail = errno.EIO, f"{type(error).__name__}: {error}"
     try:
-        socket.send_fds(sock, [_ANSWER.pack(code, operation.encode())], fds)
+        payload = outcome.payload
+        header = _ANSWER.pack(code, len(payload), operation.encode()[:199], detail.encode()[:254])
+        socket.send_fds(sock, [header], outcome.fds)
+        for start in range(0, len(payload), _PACKET_BYTES):
+            sock.send(payload[start : start + _PACKET_BYTES])
     finally:
         os._exit(0)
+
+
+def _leave_parent(keep: tuple[int, int]) -> None:
+    """Die with the parent; hold nothing of it open; let no signal run its handlers."""
+    # Source: linux/prctl.h PR_SET_PDEATHSIG = 1
+    _libc().prctl(1, signal.SIGKILL, 0, 0, 0)
+    # A collection would copy the pages of everything the parent has in memory.
+    gc.disable()
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+    low, high = sorted(keep)
+    os.closerange(3, low)
+    os.closerange(low + 1, high)
+    os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _libc() -> ctypes.CDLL:
@@ -115,43 +205,57 @@ def _setns(fd: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def _die_with_parent() -> None:
-    # Source: linux/prctl.h PR_SET_PDEATHSIG = 1
-    _libc().prctl(1, signal.SIGKILL, 0, 0, 0)
+def _too_late(name: str, timeout_s: float) -> HelperLost:
+    return HelperLost(name, f"had no answer within {timeout_s:g} s")
 
 
-async def _reap(
-    pid: int, sock: socket.socket, name: str, timeout_s: float
-) -> tuple[int, str, list[int]]:
-    """Take the child's answer and its exit status; kill it if it has no answer in time."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        with trio.move_on_after(timeout_s):
-            await trio.lowlevel.wait_readable(sock)
-            return _receive(sock, name)
-        raise HelperLost(name, f"had no answer within {timeout_s:g} s")
-    finally:
-        # Having answered it ends by itself; killing it makes that true for every other way here.
-        # It is dead at once unless it hangs inside of the kernel; then a zombie stays until we end.
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        with trio.move_on_after(_EXIT_S, shield=True):
-            await trio.lowlevel.wait_readable(pidfd)
-        _collect(pidfd)
+class _Receiver:
+    """Puts an answer together from its packets."""
 
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self._sock = sock
+        self._name = name
+        self._header: tuple[int, int, str, str] | None = None
+        self._fds: list[int] = []
+        self._payload = bytearray()
 
-def _collect(pidfd: int) -> None:
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    os.close(pidfd)
+    @property
+    def is_complete(self) -> bool:
+        return self._header is not None and len(self._payload) >= self._header[1]
 
+    def receive(self) -> None:
+        """Take the packet that is there.
 
-def _receive(sock: socket.socket, name: str) -> tuple[int, str, list[int]]:
-    # Not socket.recv_fds: Python 3.11 drops its flags, and with them close-on-exec.
-    room = socket.CMSG_LEN(MAX_FDS * _FD.size)
-    data, control, flags, _ = sock.recvmsg(_ANSWER.size, room, socket.MSG_CMSG_CLOEXEC)
-    fds = [fd for _, _, raw in control for (fd,) in _FD.iter_unpack(raw)]
-    if len(data) != _ANSWER.size or flags & socket.MSG_CTRUNC:
-        for fd in fds:
+        Raises:
+            HelperLost: there is none, and there will be none.
+        """
+        if self._header is not None:
+            data = self._sock.recv(_PACKET_BYTES)
+            if not data:
+                raise HelperLost(self._name, "died")
+            self._payload += data
+            return
+        # Not socket.recv_fds: Python 3.11 drops its flags, and with them close-on-exec.
+        room = socket.CMSG_LEN(MAX_FDS * _FD.size)
+        data, control, flags, _ = self._sock.recvmsg(_ANSWER.size, room, socket.MSG_CMSG_CLOEXEC)
+        self._fds = [fd for _, _, raw in control for (fd,) in _FD.iter_unpack(raw)]
+        if len(data) != _ANSWER.size or flags & socket.MSG_CTRUNC:
+            raise HelperLost(self._name, "died")
+        code, length, operation, detail = _ANSWER.unpack(data)
+        if length > MAX_BYTES:
+            raise HelperLost(self._name, f"answered {length} bytes")
+        self._header = (code, length, operation.decode(), detail.decode(errors="replace"))
+
+    def outcome(self, namespace: Path | int) -> Outcome:
+        assert self._header is not None
+        code, _, operation, detail = self._header
+        if operation == "setns" and code:
+            raise NamespaceGone(str(namespace), code)
+        if code:
+            raise KernelRefused(operation, code, detail)
+        return Outcome(bytes(self._payload), self._fds)
+
+    def discard(self) -> None:
+        for fd in self._fds:
             os.close(fd)
-        raise HelperLost(name, "died")
-    code, operation = _ANSWER.unpack(data)
-    return code, operation.decode(), fds
+        self._fds = []

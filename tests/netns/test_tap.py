@@ -11,37 +11,14 @@ import pytest
 import trio
 
 from netns.errors import HelperLost, KernelRefused, NamespaceGone
-from netns.inside import WorkFailed, run_inside
+from netns.inside import Outcome, WorkFailed, run_inside
 from netns.tap import create_tap, remove_tap
+from tests.netns.pod import NEEDS_TAPS
 
 HERE = Path("/proc/self/ns/net")
 
 
-def _unusable() -> str:
-    if os.geteuid() != 0:
-        return "making network namespaces needs root"
-    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        return "/dev/net/tun cannot be opened"
-    return ""
-
-
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.skipif(bool(_unusable()), reason=_unusable() or "usable"),
-]
-
-
-@pytest.fixture
-def namespace():
-    """Path of a network namespace that lives as long as the test."""
-    holder = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", "echo ready; read _"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout.readline() == b"ready\n"
-    yield Path(f"/proc/{holder.pid}/ns/net")
-    holder.communicate(timeout=10)
+pytestmark = NEEDS_TAPS
 
 
 def links(namespace: Path) -> dict[str, str]:
@@ -169,9 +146,9 @@ async def test_cancelled_creation_leaves_nothing(namespace):
 
 
 async def test_helper_that_dies_is_reported_and_reaped():
-    def die() -> list[int]:
+    def die() -> Outcome:
         os.kill(os.getpid(), signal.SIGKILL)
-        return []
+        return Outcome()
 
     before = open_fds()
     with pytest.raises(HelperLost, match="died"):
@@ -180,9 +157,9 @@ async def test_helper_that_dies_is_reported_and_reaped():
 
 
 async def test_helper_that_hangs_is_killed_at_its_deadline():
-    def hang() -> list[int]:
+    def hang() -> Outcome:
         signal.pause()
-        return []
+        return Outcome()
 
     before = open_fds()
     with pytest.raises(HelperLost, match="no answer"):
@@ -192,7 +169,7 @@ async def test_helper_that_hangs_is_killed_at_its_deadline():
 
 
 async def test_failed_work_names_its_operation():
-    def fail() -> list[int]:
+    def fail() -> Outcome:
         raise WorkFailed("turn the handle", 5)
 
     with pytest.raises(KernelRefused, match=r"turn the handle.*EIO"):

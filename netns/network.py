@@ -1,0 +1,353 @@
+"""One pod's network, from the look into its namespace to the last trace of us.
+
+    open ──> attached: taps there, VMM can start ──> wire (while the guest boots) ──> aclose
+                        └── wait_changed ──> rescan: more of them ──> wire ──┘
+
+`open` takes milliseconds: one child process reads the namespace and makes the taps. `wire` joins
+them to the pod's links in another child, which loads pyroute2 and may take its time beside the
+guest's boot. What has to be undone is told to `record` before it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from netns.errors import KernelRefused, NamespaceGone, NetnsError, UnsupportedLink
+from netns.inside import MAX_FDS, Outcome, WorkFailed, run_inside, run_inside_blocking
+from netns.model import Layout, RateLimits, Scan, Statistics, Wiring
+from netns.namespace import Namespace
+from netns.plan import (
+    Attachment,
+    Operation,
+    attachments,
+    from_record,
+    is_ours,
+    to_record,
+    undo,
+    wire,
+)
+from netns.revert import revert
+from netns.scan import layout, parse, read, statistics_of
+from netns.tap import join_tap, open_tap
+from netns.watch import open_watch, wait_changed
+
+OPEN_S: Final = 5.0
+WIRE_S: Final = 10.0
+UNDO_S: Final = 5.0
+_E2BIG: Final = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UndoRecord:
+    """What a journal must keep to undo a pod's wiring, also from another process.
+
+    `device` and `inode` say which namespace `path` led to; `steps` are JSON.
+    """
+
+    path: str
+    device: int
+    inode: int
+    steps: str
+
+
+Recorder = Callable[[UndoRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """An endpoint with the descriptors of its tap, one a queue: for the virtual machine."""
+
+    attachment: Attachment
+    fds: tuple[int, ...] = field(default=())
+
+
+class PodNetwork:
+    """The network of one pod. Used by one task at a time; `aclose` must be called in the end."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        record: Recorder,
+        *,
+        wiring: Wiring = Wiring.TC_FILTER,
+        queues: int = 1,
+        limits: RateLimits | None = None,
+    ) -> None:
+        self.attached: tuple[Attached, ...] = ()
+        self.layout = Layout()
+        self._namespace = namespace
+        self._record = record
+        self._wiring = wiring
+        self._queues = queues
+        self._limits = limits
+        self._done: list[Operation] = []
+        self._wired = 0  # so many of `attached` are joined to their endpoint
+        self._watch: socket.socket | None = None
+        self._counters = -1
+
+    @classmethod
+    async def open(
+        cls,
+        path: Path,
+        record: Recorder,
+        *,
+        wiring: Wiring = Wiring.TC_FILTER,
+        queues: int = 1,
+        limits: RateLimits | None = None,
+    ) -> PodNetwork:
+        """Look into the namespace at `path` and make a tap for each of its interfaces.
+
+        None of that outlives the taps' descriptors, except for macvtaps, which are recorded first.
+        Cancelling leaves nothing that was not recorded.
+
+        Raises:
+            HostNamespace, NamespaceGone: the path is not a pod's.
+            UnsupportedLink: an interface can't be given to a virtual machine.
+            KernelRefused, HelperLost: the kernel or the helper failed.
+        """
+        namespace = Namespace.open(path)
+        network = cls(namespace, record, wiring=wiring, queues=queues, limits=limits)
+        try:
+            await network._look(is_first=True)
+        except BaseException:
+            with trio.CancelScope(shield=True):  # bounded by UNDO_S
+                await network.aclose()
+            raise
+        return network
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what of the pod's network the guest does not get."""
+        return self.layout.notes
+
+    async def wire(self) -> None:
+        """Join the taps to the pod's links: from then on packets flow. Again after `rescan`.
+
+        When it fails or is cancelled nothing of this call is left after `aclose`.
+
+        Raises:
+            KernelRefused, HelperLost, NamespaceGone: as `open`.
+        """
+        fresh = [each.attachment for each in self.attached[self._wired :]]
+        if self._wiring is not Wiring.MACVTAP:
+            await self._carry_out(wire(fresh, self._wiring, self._limits))
+        self._wired = len(self.attached)
+
+    async def wait_changed(self) -> None:
+        """Return when the pod's network has changed; `rescan` tells how. Safe to cancel."""
+        assert self._watch is not None
+        await wait_changed(self._watch)
+
+    async def rescan(self) -> tuple[Attached, ...]:
+        """Look again; return the interfaces that are new, with taps of their own.
+
+        `layout` is the whole network then: addresses and routes of old ones may have changed too.
+
+        Raises:
+            as `open`; what is attached already is untouched.
+        """
+        before = len(self.attached)
+        await self._look(is_first=False)
+        return self.attached[before:]
+
+    def statistics(self) -> tuple[Statistics, ...]:
+        """Count what went through each endpoint. Reads one file; takes no lock of the network's."""
+        if self._counters < 0:
+            return ()
+        parts = bytearray()
+        while part := os.pread(self._counters, 64 << 10, len(parts)):
+            parts += part
+        names = [endpoint.name for endpoint in self.layout.endpoints]
+        return statistics_of(parts.decode(errors="replace"), names)
+
+    def close_taps(self) -> None:
+        """Close our copies of the taps' descriptors; those of a running VMM go on."""
+        for each in self.attached:
+            for fd in each.fds:
+                os.close(fd)
+        self.attached = tuple(Attached(each.attachment) for each in self.attached)
+
+    async def aclose(self) -> list[str]:
+        """Undo the wiring and let go of the namespace; return what could not be undone.
+
+        Idempotent. The record stays needed for as long as there are problems.
+        """
+        problems: list[str] = []
+        steps = undo(self._done)
+        if steps and self._namespace.fd >= 0:
+            try:
+                work = partial(_revert, steps)
+                await run_inside(self._namespace.fd, "undo the network", work, timeout_s=UNDO_S)
+                self._done.clear()
+            except NetnsError as error:
+                problems.append(str(error))
+        self.close_taps()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._counters >= 0:
+            os.close(self._counters)
+            self._counters = -1
+        self._namespace.close()
+        return problems
+
+    async def _look(self, *, is_first: bool) -> None:
+        known = frozenset(each.attachment.endpoint.index for each in self.attached)
+        makes_taps = self._wiring is Wiring.TC_FILTER
+        work = partial(_look, self._queues, known, makes_taps=makes_taps, is_first=is_first)
+        name = f"look into {self._namespace.path}"
+        outcome = await run_inside(self._namespace.fd, name, work, timeout_s=OPEN_S)
+        fds = list(outcome.fds)
+        if is_first:
+            self._watch, self._counters = socket.socket(fileno=fds.pop(0)), fds.pop(0)
+        scan = parse(outcome.payload)
+        found = layout(scan, without=_our_links(scan))
+        joined = attachments(found, self._wiring, _names(scan), known=known)
+        if self._wiring is Wiring.MACVTAP:
+            fds = await self._make_macvtaps(joined)
+        self.layout = found
+        self.attached += tuple(
+            Attached(each, tuple(fds[start : start + count]))
+            for each, start, count in _shares(joined, self._queues)
+        )
+
+    async def _make_macvtaps(self, joined: tuple[Attachment, ...]) -> list[int]:
+        operations = wire(joined, self._wiring, self._limits)
+        opening = partial(_apply_and_open, operations, joined, self._queues)
+        return (await self._carry_out(operations, opening)).fds
+
+    async def _carry_out(
+        self, operations: tuple[Operation, ...], work: Callable[[], Outcome] | None = None
+    ) -> Outcome:
+        if not operations and work is None:
+            return Outcome()
+        # All of it before any of it: a helper that is killed does not say how far it came.
+        self._done += operations
+        namespace = self._namespace
+        steps = json.dumps(to_record(undo(self._done)), separators=(",", ":"))
+        self._record(UndoRecord(
+            path=os.fspath(namespace.path), device=namespace.device, inode=namespace.inode,
+            steps=steps,
+        ))  # fmt: skip
+        name = f"wire the network of {namespace.path}"
+        work = work or partial(_apply, operations)
+        try:
+            return await run_inside(namespace.fd, name, work, timeout_s=WIRE_S)
+        except KernelRefused as error:
+            # Undone already, but for what the detail tells; undoing twice might hit what the
+            # refused step found in its way.
+            if not error.detail:
+                del self._done[-len(operations) :]
+            raise
+
+
+def undo_recorded(fields: Mapping[str, str | int]) -> str | None:
+    """Undo what an UndoRecord describes; return None when it is undone or its namespace is gone.
+
+    Blocks, for at most `UNDO_S`. May be run any number of times.
+    """
+    try:
+        namespace = Namespace.open(Path(str(fields["path"])))
+    except NamespaceGone:
+        return None
+    except NetnsError as error:
+        return str(error)
+    try:
+        if (namespace.device, namespace.inode) != (fields["device"], fields["inode"]):
+            return None  # another one by the same name
+        work = partial(_revert, from_record(json.loads(str(fields["steps"]))))
+        run_inside_blocking(namespace.fd, "undo the network", work, timeout_s=UNDO_S)
+    except NetnsError as error:
+        return str(error)
+    finally:
+        namespace.close()
+    return None
+
+
+# --- What runs inside of the namespace ---
+
+
+def _look(queues: int, known: frozenset[int], *, makes_taps: bool, is_first: bool) -> Outcome:
+    """Read the namespace and make its taps. The parent draws the same conclusions."""
+    dumps = read()
+    fds = [open_watch().detach(), _open_counters()] if is_first else []
+    scan = parse(dumps)
+    try:
+        found = layout(scan, without=_our_links(scan))
+    except UnsupportedLink:
+        return Outcome(dumps, fds)  # the parent raises it again
+    joined = attachments(found, Wiring.TC_FILTER, _names(scan), known=known) if makes_taps else ()
+    if sum(count for _, _, count in _shares(joined, queues)) + len(fds) > MAX_FDS:
+        text = f"{len(joined)} interfaces with {queues} queues each"
+        raise WorkFailed("make taps", _E2BIG, text)
+    for each in joined:
+        endpoint = each.endpoint
+        if endpoint.tap is None:
+            fds += open_tap(each.device, queues, endpoint.mtu, quiet=True)
+        else:
+            fds += join_tap(each.device, endpoint.tap, queues)
+    return Outcome(dumps, fds)
+
+
+def _open_counters() -> int:
+    return os.open("/proc/self/net/dev", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _apply(operations: tuple[Operation, ...]) -> Outcome:
+    from netns.apply import apply
+
+    apply(operations)
+    return Outcome()
+
+
+def _apply_and_open(
+    operations: tuple[Operation, ...], joined: tuple[Attachment, ...], queues: int
+) -> Outcome:
+    from netns.macvtap import enter_own_mounts, open_macvtap
+
+    _apply(operations)
+    fds: list[int] = []
+    try:
+        enter_own_mounts()
+        for each in joined:
+            if each.endpoint.tap is None:
+                fds += open_macvtap(each.device, queues)
+            else:
+                fds += join_tap(each.device, each.endpoint.tap, queues)
+    except BaseException:
+        revert(undo(operations))
+        raise
+    return Outcome(fds=fds)
+
+
+def _revert(steps: tuple[Operation, ...]) -> Outcome:
+    revert(steps)
+    return Outcome()
+
+
+def _shares(joined: tuple[Attachment, ...], queues: int) -> list[tuple[Attachment, int, int]]:
+    """Tell which descriptors of a list are whose: attachment, first, how many."""
+    shares, start = [], 0
+    for each in joined:
+        tap = each.endpoint.tap
+        count = queues if tap is None or tap.is_multi_queue else 1
+        shares.append((each, start, count))
+        start += count
+    return shares
+
+
+def _our_links(scan: Scan) -> frozenset[str]:
+    return frozenset(link.name for link in scan.links if is_ours(link.name))
+
+
+def _names(scan: Scan) -> list[str]:
+    return [link.name for link in scan.links]
