@@ -64,7 +64,7 @@ lint: venv
 .PHONY: lint-agent
 lint-agent: venv
 	@packaging/setup/rust.sh
-	. build/setup/rust.env; cd guest/agent; export CARGO_TARGET_DIR=../../build/agent-target; \
+	@. build/setup/rust.env; cd guest/agent; export CARGO_TARGET_DIR=../../build/agent-target; \
 	if cargo fmt --version >/dev/null 2>&1; then cargo fmt --check; \
 	else echo "cargo fmt is not installed: formatting not checked"; fi; \
 	if cargo clippy --version >/dev/null 2>&1; then \

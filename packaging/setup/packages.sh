@@ -45,6 +45,7 @@ if [ "${1:-}" != build ]; then
     want iptables have iptables
     want util-linux have unshare
     want procps have ps
+    want cpio have cpio
     want containernetworking-plugins any /usr/lib/cni/bridge /opt/cni/bin/bridge
 fi
 
