@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from trio import TaskStatus
 
+    from .child_exec import Account
+
 STDERR_TAIL_BYTES: Final = 8192
 # From fork to exec takes milliseconds; a longer wait means that the disk with the program hangs.
 EXEC_DEADLINE_S: Final = 10.0
@@ -211,7 +213,8 @@ async def spawn(
     stdout: int | None = None,
     stderr: int | None = None,
     death_signal: int = signal.SIGKILL,
-    user: tuple[int, int] | None = None,
+    user: Account | None = None,
+    unshare: int = 0,
     rlimits: Mapping[int, tuple[int, int]] | None = None,
     no_new_privileges: bool = False,
 ) -> Child:
@@ -226,7 +229,8 @@ async def spawn(
         env: the whole environment; None gives PATH and LANG only.
         stdin, stdout: descriptors; None is /dev/null.
         stderr: a descriptor; None keeps a bounded tail in `Child.stderr_tail`.
-        user: (uid, gid) to become; supplementary groups are dropped.
+        user: whom to become; capabilities go with root.
+        unshare: CLONE_NEW* flags of namespaces the child gets of its own; needs root.
         rlimits: soft and hard limits by RLIMIT number. Core dumps are always off.
 
     Cancellation: safe; a child that was made is killed and reaped.
@@ -247,6 +251,7 @@ async def spawn(
             fds=dict(targets),
             limits=limits,
             user=user,
+            unshare=unshare,
             death_signal=death_signal,
             no_new_privileges=no_new_privileges,
         )

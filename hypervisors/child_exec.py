@@ -27,11 +27,20 @@ _libc: ctypes.CDLL | None = None
 
 
 def prepare() -> None:
-    """Load libc's prctl before forking: the dynamic linker's lock must not be taken in a child."""
+    """Load libc's functions before forking: the linker's lock must not be taken in a child."""
     global _libc
     if _libc is None:
         _libc = ctypes.CDLL(None, use_errno=True)
-        _ = _libc.prctl
+        _ = _libc.prctl, _libc.unshare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Whom a child becomes: it keeps no other group than these."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +53,8 @@ class ExecPlan:
     stdio: tuple[int | None, int | None, int | None]
     fds: dict[int, int]
     limits: dict[int, tuple[int, int]]
-    user: tuple[int, int] | None
+    user: Account | None
+    unshare: int
     death_signal: int
     no_new_privileges: bool
 
@@ -134,6 +144,9 @@ def become(plan: ExecPlan, pipes: Pipes, parent: int) -> NoReturn:
             resource.setrlimit(kind, limit)
         stage = "directory"
         os.chdir(plan.cwd)
+        stage = "namespaces"
+        if plan.unshare:
+            _check(_c().unshare(plan.unshare))
         stage = "user"
         _drop_privileges(plan)
         if os.getppid() != parent:
@@ -178,8 +191,8 @@ def _arrange_fds(plan: ExecPlan, status: int) -> int:
 
 def _drop_privileges(plan: ExecPlan) -> None:
     if plan.user is not None:
-        uid, gid = plan.user
-        os.setgroups([])
+        uid, gid = plan.user.uid, plan.user.gid
+        os.setgroups(plan.user.groups)
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
         # Changing credentials clears the death signal. Source: prctl(2) PR_SET_PDEATHSIG.
@@ -189,8 +202,16 @@ def _drop_privileges(plan: ExecPlan) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    assert _libc is not None
-    if _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+    _check(_c().prctl(option, ctypes.c_ulong(value), 0, 0, 0))
+
+
+def _c() -> ctypes.CDLL:
+    assert _libc is not None, "prepare() comes first"
+    return _libc
+
+
+def _check(result: int) -> None:
+    if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

@@ -88,6 +88,7 @@ class MachineSpec:
     `cmdline` is what the caller wants on the kernel command line; the backend puts its own
     parameters (console, panic, accelerator tuning) in front. `hotplug_ports` is how many devices
     can be attached at the same time later. `run_dir` is a private directory for the backend.
+    `unprivileged` runs the VMM under a user of its own where the launcher is root.
     """
 
     id: str
@@ -105,6 +106,7 @@ class MachineSpec:
     devices: tuple[Device, ...] = ()
     hotplug_ports: int = 0
     console_bytes: int = 262144
+    unprivileged: bool = True
 
 
 class ExitKind(Enum):

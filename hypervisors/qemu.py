@@ -11,12 +11,13 @@ VmExit, set once.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from . import accel, qemu_argv, spec_check
+from . import accel, isolation, qemu_argv, spec_check
 from .child import spawn
 from .errors import ControlLost, LaunchFailed, Unsupported
 from .machine import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .child import Child, Recorder
+    from .child_exec import Account
     from .machine import MachineSpec
 
 # To its first answer QEMU takes 0.05 s alone, and as long as the slowest daemon behind a device.
@@ -77,6 +79,11 @@ class Qemu:
         spec_check.check_kernel(spec.kernel)
         if spec.initrd is not None:
             spec_check.check_initrd(spec.initrd)
+        if _account(spec, accelerator) is not None:
+            spec_check.check_executable_by_all("QEMU", spec.binary.resolve())
+            spec_check.check_readable_by_all("guest kernel", spec.kernel)
+            if spec.initrd is not None:
+                spec_check.check_readable_by_all("guest initrd", spec.initrd)
 
     async def launch(self, spec: MachineSpec, *, record: Recorder) -> QemuMachine:
         """See `Hypervisor.launch`."""
@@ -94,15 +101,21 @@ class Qemu:
                     accelerator=accelerator,
                     qmp_fd=qmp_peer.fileno(),
                     console_fd=console_peer.fileno(),
+                    kernel_fd=_open(spec.kernel, theirs),
+                    initrd_fd=_open(spec.initrd, theirs) if spec.initrd is not None else None,
                     vhost_user_fds=await _connect_daemons(spec, theirs),
-                    block_drivers={
-                        device.id: spec_check.block_kind(device)
-                        for device in spec.devices
-                        if isinstance(device, BlockDevice)
-                    },
+                    blocks=_open_blocks(spec, theirs),
                 )
                 command = qemu_argv.build_command(spec, host)
-                child = await spawn("qemu", command.argv, record=record, pass_fds=command.pass_fds)
+                child = await spawn(
+                    "qemu",
+                    command.argv,
+                    record=record,
+                    pass_fds=command.pass_fds,
+                    user=_account(spec, accelerator),
+                    unshare=isolation.own_namespaces(),
+                    no_new_privileges=True,
+                )
                 undo.push_async_callback(child.aclose)
             machine = QemuMachine(spec, accelerator, child, qmp, console, command.addresses)
             await _negotiate(machine, child)
@@ -148,6 +161,26 @@ class Qemu:
                     f"{accel.VHOST_VSOCK_DEVICE} does not open",
                     "load vhost_vsock, or use the unix vsock daemon",
                 )
+
+
+def _account(spec: MachineSpec, accelerator: str) -> Account | None:
+    return isolation.machine_account(spec.id, accelerator) if spec.unprivileged else None
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _open_blocks(spec: MachineSpec, stack: contextlib.ExitStack) -> dict[str, qemu_argv.OpenBlock]:
+    blocks: dict[str, qemu_argv.OpenBlock] = {}
+    for device in spec.devices:
+        if isinstance(device, BlockDevice):
+            block = qemu_argv.OpenBlock(*spec_check.open_block(device))
+            stack.callback(os.close, block.fd)
+            blocks[device.id] = block
+    return blocks
 
 
 async def _connect_daemons(spec: MachineSpec, stack: contextlib.ExitStack) -> dict[str, int]:

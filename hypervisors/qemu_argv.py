@@ -68,19 +68,28 @@ class FdTable:
         return number
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBlock:
+    """An opened image: its descriptor, and "file" or "host_device"."""
+
+    fd: int
+    driver: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSide:
     """What the launcher opened for QEMU, in our own descriptor numbers.
 
-    `vhost_user_fds` are connections to the daemons by device id; `block_drivers` says by device id
-    whether a path is a "file" or a "host_device".
+    `vhost_user_fds` are connections to the daemons, `blocks` open images, both by device id.
     """
 
     accelerator: Literal["kvm", "tcg"]
     qmp_fd: int
     console_fd: int
+    kernel_fd: int
+    initrd_fd: int | None
     vhost_user_fds: Mapping[str, int]
-    block_drivers: Mapping[str, str]
+    blocks: Mapping[str, OpenBlock]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +109,10 @@ def build_command(spec: MachineSpec, host: HostSide) -> QemuCommand:
     """Lay out the machine; every descriptor named in `host` and in the devices is passed."""
     table = FdTable()
     argv = [str(spec.binary), *_machine_arguments(spec, host.accelerator)]
+    # By descriptor: the VMM's own user need not be able to walk there.
+    argv += ["-kernel", f"/proc/self/fd/{table.add(host.kernel_fd)}"]
+    if host.initrd_fd is not None:
+        argv += ["-initrd", f"/proc/self/fd/{table.add(host.initrd_fd)}"]
     # fmt: off
     argv += [
         "-chardev", f"socket,id=qmp,fd={table.add(host.qmp_fd)}",
@@ -116,8 +129,9 @@ def build_command(spec: MachineSpec, host: HostSide) -> QemuCommand:
         addresses[device.id] = GuestAddress(pci_path=f"{slot:02x}")
         match device:
             case BlockDevice():
-                node = blockdev_node(device, host.block_drivers[device.id])
-                argv += ["-blockdev", quote_json(node)]
+                block = host.blocks[device.id]
+                argv += ["-add-fd", f"fd={table.add(block.fd)},set={index}"]
+                argv += ["-blockdev", quote_json(blockdev_node(device, block.driver, index))]
                 argv += ["-device", quote_json(block_device(device) | place)]
             case NetDevice():
                 argv += ["-netdev", _tap_argument(device, table)]
@@ -155,12 +169,9 @@ def _machine_arguments(spec: MachineSpec, accelerator: str) -> list[str]:
         "-m", memory,
         "-object", quote_json(backend),
         "-bios", "qboot.rom",
-        "-kernel", str(spec.kernel),
         "-append", kernel_cmdline(spec, accelerator),
     ]
     # fmt: on
-    if spec.initrd is not None:
-        argv += ["-initrd", str(spec.initrd)]
     return argv
 
 
@@ -179,6 +190,11 @@ def port_address(port: int) -> GuestAddress:
     return GuestAddress(pci_path=f"{FIRST_PORT_SLOT + port:02x}/00")
 
 
+def port_fd_set(port: int) -> int:
+    """The set of descriptors of an image behind a root port; cold-plugged ones come before."""
+    return MAX_COLD_DEVICES + port
+
+
 def memory_backend(object_id: str, size_mib: int) -> dict[str, JsonValue]:
     """Shared memory: vhost-user daemons map it."""
     return {
@@ -189,12 +205,12 @@ def memory_backend(object_id: str, size_mib: int) -> dict[str, JsonValue]:
     }
 
 
-def blockdev_node(device: BlockDevice, driver: str) -> dict[str, JsonValue]:
-    """The host side of a block device. Node names have at most 31 characters."""
+def blockdev_node(device: BlockDevice, driver: str, fd_set: int) -> dict[str, JsonValue]:
+    """The host side of a block device, opened by us. Node names have at most 31 characters."""
     return {
         "driver": driver,
         "node-name": f"b-{device.id}",
-        "filename": str(device.path),
+        "filename": f"/dev/fdset/{fd_set}",
         "read-only": device.read_only,
         "discard": "unmap",
     }

@@ -7,6 +7,7 @@ decision: it is asked, and its answer arrives as an event.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -106,7 +107,7 @@ class QemuDevices:
             case NetDevice():
                 spec_check.check_net(device)
             case BlockDevice():
-                spec_check.block_kind(device)
+                os.close(spec_check.open_block(device)[0])
             case _:
                 raise Unsupported(
                     "qemu",
@@ -134,10 +135,7 @@ class QemuDevices:
     async def _plug(self, device: Device, plugged: _Plugged) -> None:
         match device:
             case BlockDevice():
-                driver = spec_check.block_kind(device)
-                node = qemu_argv.blockdev_node(device, driver)
-                await self._qmp.execute("blockdev-add", node)
-                plugged.release.append(("blockdev-del", {"node-name": node["node-name"]}))
+                await self._add_image(device, plugged)
                 properties = qemu_argv.block_device(device)
             case NetDevice():
                 await self._add_tap(device, plugged)
@@ -146,6 +144,20 @@ class QemuDevices:
                 raise AssertionError(device)
         self._removals.forget(device.id)
         await self._qmp.execute("device_add", properties | qemu_argv.port_place(plugged.port))
+
+    async def _add_image(self, device: BlockDevice, plugged: _Plugged) -> None:
+        """Open the image here: the VMM's user need not be able to."""
+        fd_set = qemu_argv.port_fd_set(plugged.port)
+        fd, driver = spec_check.open_block(device)
+        try:
+            await self._qmp.execute("add-fd", {"fdset-id": fd_set}, fds=[fd])
+        finally:
+            os.close(fd)
+        plugged.release.append(("remove-fd", {"fdset-id": fd_set}))
+        node = qemu_argv.blockdev_node(device, driver, fd_set)
+        await self._qmp.execute("blockdev-add", node)
+        # Released first: the descriptors of a set that is in use stay.
+        plugged.release.insert(0, ("blockdev-del", {"node-name": node["node-name"]}))
 
     async def _add_tap(self, device: NetDevice, plugged: _Plugged) -> None:
         taps = await self._give_fds(f"t-{device.id}", device.tap_fds)

@@ -72,7 +72,7 @@ def check_values(spec: MachineSpec, cmdline: str) -> None:
         if isinstance(device, NetDevice):
             check_net(device)
         elif isinstance(device, BlockDevice):
-            block_kind(device)
+            os.close(open_block(device)[0])
         elif isinstance(device, SharedDirectory) and not 1 <= len(device.tag.encode()) <= 36:
             refuse("virtio-fs tag", f"{device.tag!r}", "use 1 to 36 bytes")
 
@@ -90,8 +90,8 @@ def check_net(device: NetDevice) -> None:
         )  # fmt: skip
 
 
-def block_kind(device: BlockDevice) -> str:
-    """ "file" or "host_device", after a look at the path.
+def open_block(device: BlockDevice) -> tuple[int, str]:
+    """Open an image as asked; returns the descriptor, the caller's, and "file" or "host_device".
 
     Raises:
         PreconditionFailed: missing, not readable or writable as asked, or neither of the two.
@@ -99,20 +99,21 @@ def block_kind(device: BlockDevice) -> str:
     what = f"block device {device.id}"
     if len(device.serial.encode()) > 20:
         raise PreconditionFailed(what, path=None, why="serial of over 20 bytes", fix="shorten it")
+    flags = os.O_RDONLY if device.read_only else os.O_RDWR
     try:
-        mode = os.stat(device.path).st_mode
-        wanted = os.R_OK if device.read_only else os.R_OK | os.W_OK
-        if not os.access(device.path, wanted):
-            os.close(os.open(device.path, os.O_RDONLY if device.read_only else os.O_RDWR))
+        # Not blocking: the path may be a FIFO or a tape.
+        fd = os.open(device.path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise PreconditionFailed(
             what, path=device.path, why="cannot be used", errno=error.errno,
             fix="check that the volume is attached and the shim may open it",
         ) from error  # fmt: skip
+    mode = os.fstat(fd).st_mode
     if stat.S_ISBLK(mode):
-        return "host_device"
+        return fd, "host_device"
     if stat.S_ISREG(mode):
-        return "file"
+        return fd, "file"
+    os.close(fd)
     raise PreconditionFailed(
         what, path=device.path, why="neither a regular file nor a block device",
         fix="give an image file or a block device",
@@ -144,6 +145,25 @@ def check_kernel(path: Path) -> None:
     why = _kernel_problem(path, head)
     if why is not None:
         raise PreconditionFailed("guest kernel", path=path, why=why, fix=fix)
+
+
+def check_readable_by_all(what: str, path: Path) -> None:
+    """Refuse a file that a VMM under a user of its own cannot read."""
+    if not os.stat(path).st_mode & stat.S_IROTH:
+        raise PreconditionFailed(
+            what, path=path, why="not readable for the VMM's user", errno=13,
+            fix="chmod a+r it, or run the VMM as the launcher (rootless = false)",
+        )  # fmt: skip
+
+
+def check_executable_by_all(what: str, path: Path) -> None:
+    """Refuse a program that a user of its own cannot reach or run."""
+    for step in (path, *path.parents):
+        if not os.stat(step).st_mode & stat.S_IXOTH:
+            raise PreconditionFailed(
+                what, path=step, why="closed to the VMM's user", errno=13,
+                fix="chmod a+x it, or run the VMM as the launcher (rootless = false)",
+            )  # fmt: skip
 
 
 def read_head(what: str, path: Path, size: int, fix: str) -> bytes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from . import isolation
 from .child import spawn
 from .errors import LaunchFailed, PreconditionFailed
 from .helper import Helper
@@ -64,7 +65,9 @@ async def start_vsock_device(
     """
     check_vsock_device(binary, cid)
     argv = vsock_device_argv(binary, socket, uds_path, cid)
-    child = await spawn(NAME, argv, record=record, no_new_privileges=True)
+    child = await spawn(
+        NAME, argv, record=record, unshare=isolation.own_namespaces(), no_new_privileges=True
+    )
     helper = Helper(child, (socket, uds_path))
     try:
         await _wait_ready(child, (socket, uds_path))

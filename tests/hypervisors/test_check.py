@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors import accel
+from hypervisors import accel, isolation
 from hypervisors.errors import PreconditionFailed, Unsupported
 from hypervisors.machine import BlockDevice, KernelVsock, MachineSpec, NetDevice, Rng
 from hypervisors.qemu import Qemu
@@ -46,6 +46,7 @@ def spec(tmp_path):
         binary=tmp_path / "qemu",
         run_dir=tmp_path,
         accelerator="tcg",
+        unprivileged=False,
     )
 
 
@@ -146,6 +147,41 @@ def test_what_the_backend_never_can_is_unsupported_with_a_hint(spec, changes):
         Qemu().check(replace(spec, **changes))
     assert caught.value.backend == "qemu"
     assert caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes users")
+def test_file_the_vmms_user_cannot_use_is_refused_with_the_fix(spec, tmp_path):
+    for directory in (tmp_path, *tmp_path.parents):
+        if not directory.stat().st_mode & 1:
+            assert f" {directory}:" in str(refused(spec, unprivileged=True))
+            break
+    usable = {"binary": Path("/bin/true"), "unprivileged": True}
+    spec.kernel.chmod(0o640)
+    spec.initrd.chmod(0o644)
+    assert "not readable for the VMM's user" in str(refused(spec, **usable))
+    spec.kernel.chmod(0o644)
+    Qemu().check(replace(spec, **usable))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes users")
+def test_machines_get_users_of_their_own_and_the_kvm_group_only_for_kvm(tmp_path):
+    kvm = tmp_path / "kvm"
+    kvm.touch()
+    first, second = (isolation.machine_account(name, "tcg") for name in ("a", "b"))
+    assert first is not None
+    assert second is not None
+    assert first == isolation.machine_account("a", "tcg") != second
+    assert isolation.FIRST_UID <= first.uid == first.gid != second.uid
+    for mode, group, groups in ((0o660, 104, (104,)), (0o666, 0, ())):
+        os.chown(kvm, 0, group)
+        kvm.chmod(mode)
+        account = isolation.machine_account("a", "kvm", kvm)
+        assert account == replace(first, groups=groups)
+    # Nobody but root may open it: the VMM has to stay root.
+    for mode, group in ((0o600, 104), (0o660, 0)):
+        os.chown(kvm, 0, group)
+        kvm.chmod(mode)
+        assert isolation.machine_account("a", "kvm", kvm) is None
 
 
 @pytest.mark.skipif(accel.kernel_vsock_usable(), reason="this host has the kernel's vsock")

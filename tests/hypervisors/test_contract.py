@@ -152,8 +152,10 @@ async def test_vmm_that_does_not_start_is_reported_with_its_last_words(
     binary = tmp_path / "vmm"
     binary.write_text(program)
     binary.chmod(0o755)
+    # Privileged: pytest's directory is closed to other users.
+    spec = make_spec(binary=binary, unprivileged=False)
     with pytest.raises((LaunchFailed, SpawnFailed), match=words), trio.fail_after(5):
-        await backend.launch(make_spec(binary=binary), record=records.append)
+        await backend.launch(spec, record=records.append)
 
 
 async def test_missing_daemon_of_a_device_is_reported(backend, make_spec, records, tmp_path):

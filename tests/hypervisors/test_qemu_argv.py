@@ -19,7 +19,7 @@ from hypervisors.machine import (
     SharedDirectory,
     UnixVsock,
 )
-from hypervisors.qemu_argv import HostSide, build_command, kernel_cmdline
+from hypervisors.qemu_argv import HostSide, OpenBlock, build_command, kernel_cmdline
 
 SPEC = MachineSpec(
     id="sandbox",
@@ -45,8 +45,10 @@ HOST = HostSide(
     accelerator="tcg",
     qmp_fd=10,
     console_fd=11,
+    kernel_fd=14,
+    initrd_fd=15,
     vhost_user_fds={"share": 12, "vsock": 13},
-    block_drivers={"disk0": "file"},
+    blocks={"disk0": OpenBlock(16, "file")},
 )
 GOLDEN = r"""
 /usr/bin/qemu-system-x86_64
@@ -62,21 +64,22 @@ GOLDEN = r"""
 -m size=256M,slots=4,maxmem=2048M
 -object {"qom-type":"memory-backend-memfd","id":"mem","size":268435456,"share":true}
 -bios qboot.rom
--kernel /guest/vmlinux
 -append {cmdline}
--initrd /guest/initrd.img
--chardev socket,id=qmp,fd=3
+-kernel /proc/self/fd/3
+-initrd /proc/self/fd/4
+-chardev socket,id=qmp,fd=5
 -mon chardev=qmp,mode=control
--chardev socket,id=console,fd=4
+-chardev socket,id=console,fd=6
 -serial chardev:console
 -device {"driver":"pvpanic-pci","id":"pvpanic","bus":"pcie.0","addr":"0x1e"}
--chardev socket,id=c-share,fd=5
+-chardev socket,id=c-share,fd=7
 -device {"id":"share","chardev":"c-share","driver":"vhost-user-fs-pci","tag":"kataShared","queue-size":1024,"bus":"pcie.0","addr":"0x01"}
--chardev socket,id=c-vsock,fd=6
+-chardev socket,id=c-vsock,fd=8
 -device {"id":"vsock","chardev":"c-vsock","driver":"vhost-user-vsock-pci","bus":"pcie.0","addr":"0x02"}
--netdev tap,id=n-net0,fds=7:8
+-netdev tap,id=n-net0,fds=9:10
 -device {"driver":"virtio-net-pci","id":"net0","netdev":"n-net0","mac":"02:00:00:00:00:01","host_mtu":1450,"romfile":"","mq":true,"vectors":6,"bus":"pcie.0","addr":"0x03"}
--blockdev {"driver":"file","node-name":"b-disk0","filename":"/img,a=b","read-only":true,"discard":"unmap"}
+-add-fd fd=11,set=3
+-blockdev {"driver":"file","node-name":"b-disk0","filename":"/dev/fdset/3","read-only":true,"discard":"unmap"}
 -device {"driver":"virtio-blk-pci","id":"disk0","drive":"b-disk0","serial":"s1","bus":"pcie.0","addr":"0x04"}
 -object {"qom-type":"rng-random","id":"s-rng","filename":"/dev/urandom"}
 -device {"driver":"virtio-rng-pci","id":"rng","rng":"s-rng","bus":"pcie.0","addr":"0x05"}
@@ -97,7 +100,7 @@ def test_golden_command_line():
         expected += [option] if not value else [option, value.replace("{cmdline}", cmdline)]
     command = build_command(SPEC, HOST)
     assert [*map(comparable, command.argv)] == [*map(comparable, expected)]
-    assert command.pass_fds == {3: 10, 4: 11, 5: 12, 6: 13, 7: 20, 8: 21}
+    assert command.pass_fds == dict(enumerate([14, 15, 10, 11, 12, 13, 20, 21, 16], 3))
     paths = {name: address.pci_path for name, address in command.addresses.items()}
     assert paths == {"share": "01", "vsock": "02", "net0": "03", "disk0": "04", "rng": "05"}
 
@@ -113,7 +116,7 @@ def test_emulation_only_parameters_never_reach_a_kvm_guest():
 
 
 def test_machine_that_cannot_grow_has_no_memory_slots():
-    argv = build_command(replace(SPEC, max_memory_mib=256, initrd=None), HOST).argv
+    argv = build_command(replace(SPEC, max_memory_mib=256), replace(HOST, initrd_fd=None)).argv
     assert "size=256M" in argv
     assert "-initrd" not in argv
 
@@ -122,9 +125,9 @@ def test_kernel_vsock_and_vhost_net_get_descriptors():
     net = NetDevice(id="n", mac="02:00:00:00:00:01", tap_fds=(20,), mtu=1500, vhost_fds=(30,))
     vsock = KernelVsock(id="v", cid=77, vhost_fd=40)
     command = build_command(replace(SPEC, devices=(net, vsock)), HOST)
-    assert "tap,id=n-n,fds=5,vhost=on,vhostfds=6" in command.argv
-    assert any('"guest-cid":77,"vhostfd":"7"' in argument for argument in command.argv)
-    assert command.pass_fds == {3: 10, 4: 11, 5: 20, 6: 30, 7: 40}
+    assert "tap,id=n-n,fds=7,vhost=on,vhostfds=8" in command.argv
+    assert any('"guest-cid":77,"vhostfd":"9"' in argument for argument in command.argv)
+    assert command.pass_fds == dict(enumerate([14, 15, 10, 11, 20, 30, 40], 3))
 
 
 @pytest.mark.parametrize("count", range(len(SPEC.devices) + 1))

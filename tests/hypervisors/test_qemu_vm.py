@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from hypervisors.isolation import FIRST_UID
 from hypervisors.machine import (
     BlockDevice,
     ExitKind,
@@ -81,11 +82,19 @@ async def test_ends_chosen_by_the_guest_are_told_apart(make_spec, records, scena
         assert any("Kernel panic" in line for line in machine.console.tail(60))
 
 
-async def test_killed_vmm_is_reported_within_a_second_and_sandboxed(make_spec, records):
+async def test_killed_vmm_is_reported_within_a_second_and_owns_nothing(make_spec, records):
     async with running(make_spec(), records) as machine:
         status = await trio.Path(f"/proc/{machine.pid}/status").read_text()
         assert "Seccomp:\t2" in status
         assert "NoNewPrivs:\t1" in status
+        assert "CapEff:\t0000000000000000" in status
+        (uid,) = {int(word) for word in find(status, "Uid:")}
+        assert uid >= FIRST_UID
+        assert find(status, "Groups:") == []
+        for name in ("net", "ipc", "uts"):
+            assert os.readlink(f"/proc/{machine.pid}/ns/{name}") != os.readlink(
+                f"/proc/self/ns/{name}"
+            )
         began = time.monotonic()
         os.kill(machine.pid, signal.SIGKILL)
         ending = await machine.wait_exited()
@@ -197,6 +206,11 @@ async def test_cancelled_launch_leaves_nothing(make_spec, records):
         with trio.move_on_after(delay_s):
             await find_hypervisor("qemu").launch(make_spec(), record=records.append)
             pytest.skip("the machine was launched before it could be cancelled")
+
+
+def find(status, field):
+    """The words behind `field` in a /proc/<pid>/status."""
+    return next(line.split()[1:] for line in status.splitlines() if line.startswith(field))
 
 
 def processes_naming(text):

@@ -1,0 +1,67 @@
+"""What a VMM or a helper is kept away from: other users' files and processes, every network.
+
+A guest that breaks out of its VMM finds itself as a user that owns nothing, in a network namespace
+without interfaces. Everything it needs was opened before and passed down.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import Final
+
+from .accel import KVM_DEVICE
+from .child_exec import Account
+from .errors import PreconditionFailed
+
+# Source: linux/sched.h
+CLONE_NEWUTS: Final = 0x04000000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWNET: Final = 0x40000000
+# No name service hands these out: above 2^30, below what the kernel's 32 bits would call negative.
+FIRST_UID: Final = 0x6B000000
+UID_COUNT: Final = 1 << 20
+UID_MAP: Final = Path("/proc/self/uid_map")
+
+
+def own_namespaces() -> int:
+    """Flags for `child.spawn(unshare=)`; none where the launcher may not make namespaces."""
+    return CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS if os.geteuid() == 0 else 0
+
+
+def machine_account(machine_id: str, accelerator: str, kvm: Path = KVM_DEVICE) -> Account | None:
+    """The user for one machine's VMM: the same for the same id, no entry in passwd needed.
+
+    None where it must stay what the launcher is: that is not root itself, or only root may open the
+    KVM device.
+
+    Raises:
+        PreconditionFailed: the launcher's user namespace does not know such users.
+    """
+    if os.geteuid() != 0:
+        return None
+    number = FIRST_UID + zlib.crc32(machine_id.encode()) % UID_COUNT
+    _check_mapped(number)
+    if accelerator != "kvm":
+        return Account(uid=number, gid=number)
+    status = os.stat(kvm)
+    if status.st_mode & stat.S_IWOTH:
+        return Account(uid=number, gid=number)
+    if status.st_mode & stat.S_IWGRP and status.st_gid != 0:
+        return Account(uid=number, gid=number, groups=(status.st_gid,))
+    return None
+
+
+def _check_mapped(uid: int, uid_map: Path = UID_MAP) -> None:
+    for line in uid_map.read_text().splitlines():
+        first, _, count = map(int, line.split())
+        if first <= uid < first + count:
+            return
+    raise PreconditionFailed(
+        "user of the VMM",
+        path=uid_map,
+        why=f"uid {uid} is not mapped in this user namespace",
+        fix="map it, or run the VMM as the launcher (rootless = false)",
+    )
