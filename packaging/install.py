@@ -17,6 +17,7 @@ import os
 import py_compile
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def _install_library(library: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.proto")
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, scratch / package, ignore=ignored)
+    version = scratch / "shimv2" / "version.py"
+    version.write_text(version.read_text().replace('"unknown"', f'"{_commit()}"'))
     for distribution in _closure(pins([])):
         _copy_distribution(distribution, scratch)
     # Never compared with the sources again: a packager may change their times.
@@ -123,6 +126,16 @@ def _install_library(library: Path) -> None:
     shutil.rmtree(library, ignore_errors=True)
     scratch.rename(library)
     print(f"installed {library}")
+
+
+def _commit() -> str:
+    """Return what is being installed: the commit, marked when files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _closure(requirements: list[str]) -> list[importlib.metadata.Distribution]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,22 @@ def test_every_place_the_readme_names_is_filled(installed: Path) -> None:
         "usr/share/doc/kata-shimv2/containerd-kata.toml",
     ):
         assert (installed / path).is_file(), path
+
+
+def test_installed_shim_knows_its_commit(installed: Path) -> None:
+    shim = installed / "usr/bin/containerd-shim-kata-v2"
+    library = installed / "usr/lib/kata-shimv2"
+    moved = shim.read_text().replace("/usr/lib/kata-shimv2", str(library))
+    program = shim.with_name("shim-elsewhere")
+    program.write_text(moved)
+    program.chmod(0o755)
+    done = subprocess.run([program, "-v"], capture_output=True, text=True, check=True)
+    git = ["git", "rev-parse", "--short=12", "HEAD"]
+    expected = "unknown"
+    if shutil.which("git"):
+        asked = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        expected = asked.stdout.strip() or expected
+    assert f"commit: {expected}" in done.stdout
 
 
 def test_every_module_has_bytecode_that_needs_no_check(installed: Path) -> None:
