@@ -6,6 +6,7 @@ not become the shim's. See docs/decisions/0007.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import sys
 import types
@@ -30,7 +31,8 @@ from netns.plan import (
 )
 from netns.revert import find, revert
 
-_INGRESS: Final = 0xFFFF_0000
+# Source: linux/pkt_sched.h TC_H_CLSACT with TC_H_MIN_INGRESS; an ingress qdisc takes it as well.
+_INGRESS: Final = 0xFFFF_FFF2
 # Source: linux/if_ether.h
 _ETH_P_ALL: Final = 0x0003
 _ETH_P_8021Q: Final = 0x8100
@@ -75,9 +77,11 @@ def apply(operations: Sequence[Operation]) -> None:
             try:
                 _take(netlink, operation)
             except (refused, OSError) as error:
-                detail = _give_back(taken)
-                code = getattr(error, "code", None) or getattr(error, "errno", None) or 5
-                raise WorkFailed(f"{operation}", code, detail) from error
+                code = getattr(error, "code", None) or getattr(error, "errno", None) or errno.EIO
+                raise WorkFailed(f"{operation}", code, _give_back(taken)) from error
+            except BaseException:
+                _give_back(taken)
+                raise
 
 
 def _give_back(taken: Sequence[Operation]) -> str:
@@ -146,7 +150,9 @@ def _take(netlink: Netlink, operation: Operation) -> None:
             assert_never(operation)
 
 
-def _add_filter(netlink: Netlink, index: int, priority: int, protocol: int, action: Action) -> None:
+def _add_filter(
+    netlink: Netlink, index: int, priority: int, protocol: int, actions: list[Action]
+) -> None:
     netlink.tc(
         "add-filter", "u32", index, parent=_INGRESS, prio=priority, protocol=protocol,
         target=_ANY_CLASS, keys=_ANYTHING, action=actions,

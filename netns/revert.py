@@ -36,6 +36,7 @@ _RTM_DELTFILTER: Final = 45
 _TC_H_ROOT: Final = 0xFFFF_FFFF
 _TC_H_INGRESS: Final = 0xFFFF_FFF1
 _INGRESS_HANDLE: Final = 0xFFFF_0000
+_INGRESS_FILTERS: Final = 0xFFFF_FFF2
 
 IFINFO: Final = struct.Struct("=BxHiII")
 _TCMSG: Final = struct.Struct("=BxxxiIII")
@@ -83,7 +84,7 @@ def _take(step: Operation) -> int:
         case Unshape(link, name):
             return _delete_qdisc(find(link, name), 0, _TC_H_ROOT)
         case DeleteFilter(link, name, priority):
-            body = _TCMSG.pack(0, find(link, name), 0, _INGRESS_HANDLE, priority << 16)
+            body = _TCMSG.pack(0, find(link, name), 0, _INGRESS_FILTERS, priority << 16)
             return ask(_RTM_DELTFILTER, body)
         case DeleteMacvtap(name):
             return _delete_macvtap(name)

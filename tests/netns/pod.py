@@ -27,10 +27,13 @@ NEEDS_TAPS = [
 ]
 
 # One pod: eth0 as a CNI plugin leaves it, its other end in a namespace of its own ("the bridge").
+# The link-local address is what the kernel would make a moment after the carrier; a test that
+# compares before and after can't have it come in between.
 POD = """
 ip link set lo up
 ip link add eth0 mtu 1450 type veth peer name peer netns {outside}
-ip link set eth0 address 02:00:00:00:00:07
+ip link set eth0 address 02:00:00:00:00:07 addrgenmode none
+ip addr add fe80::ff:fe00:7/64 dev eth0 nodad
 ip addr add 10.9.0.2/24 dev eth0
 ip addr add fd00:9::2/64 dev eth0 nodad
 ip link set eth0 up
@@ -71,7 +74,9 @@ class Holder:
             f"ip -d addr; tc qdisc; {filters}; ip route show table all; "
             "ip -6 route show table all; ip neigh show nud permanent; ip rule"
         )
-        return re.sub(r"(expires|valid_lft|preferred_lft) \S+|state \S+|NO-CARRIER,", "", shown)
+        # What the carrier changes, which comes and goes on its own time.
+        timed = r"(expires|valid_lft|preferred_lft) \S+|state \S+|NO-CARRIER,|,LOWER_UP| linkdown"
+        return "\n".join(sorted(re.sub(timed, "", shown).splitlines()))
 
     def close(self) -> None:
         self._process.communicate(timeout=10)
