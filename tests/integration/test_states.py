@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -148,10 +148,10 @@ def test_exec_with_a_bad_id_is_refused(ctr: Ctr, tasks: Tasks) -> None:
     ctr.remove(container)
 
 
-def refusal(call: object, *arguments: object, **keywords: object) -> str:
+def refusal(call: Callable[..., object], *arguments: object, **keywords: object) -> str:
     """Return the code a call is refused with."""
-    assert callable(call)
     with pytest.raises(CallFailed) as refused:
         call(*arguments, **keywords)
     assert refused.value.message
-    return refused.value.code
+    code: str = refused.value.code
+    return code
