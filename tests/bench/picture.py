@@ -1,58 +1,55 @@
-"""The figures as a picture: a bar per figure, its target a line at the same place in every row."""
+"""Draws the figures that have an aim as bars against it: one SVG, no library."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from tests.bench.figures import Figure, number
+from tests.bench.report import number
 
-_ROW, _LEFT, _TARGET, _WIDTH = 34, 330, 300, 1000
-_COLOURS = {True: "#2e7d32", False: "#c62828", None: "#546e7a"}
+if TYPE_CHECKING:
+    from tests.bench.figure import Figure
+
+_WIDTH, _ROW, _TOP = 860, 34, 56
+_BAR_LEFT, _BAR_WIDTH = 330, 360  # the aim stands in the middle of it
+_COLOURS = {True: "#2b8a3e", False: "#c92a2a", None: "#868e96"}
 
 
-def as_svg(figures: Sequence[Figure], title: str) -> str:
-    """Draw the figures that have a target; a bar that ends before the line has reached it.
-
-    Bars are value ÷ target, or target ÷ value where more is better, so that shorter is better
-    everywhere. A thin grey bar is the peer, where the peer has the same unit.
-    """
-    drawn = [figure for figure in figures if figure.reach]
-    height = 70 + _ROW * len(drawn)
-    line_x = _LEFT + _TARGET
+def draw(figures: Sequence[Figure]) -> str:
+    """Return the SVG. A bar that ends left of the line has reached its aim."""
+    judged = [figure for figure in figures if figure.aim is not None and figure.judged is not None]
+    height = _TOP + _ROW * len(judged) + 16
+    middle = _BAR_LEFT + _BAR_WIDTH / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif" font-size="13">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="16" y="26" font-size="16">{escape(title)}</text>',
-        f'<line x1="{line_x}" y1="40" x2="{line_x}" y2="{height - 16}" stroke="#263238" '
-        'stroke-dasharray="4 3"/>',
-        f'<text x="{line_x + 4}" y="50" font-size="11">target</text>',
+        f'viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
+        '<text x="12" y="26" font-size="16">What was measured, against its aim</text>',
+        f'<text x="{middle}" y="44" text-anchor="middle" fill="#495057">aim</text>',
     ]
-    for row, figure in enumerate(drawn):
-        parts += _bar(figure, 62 + row * _ROW)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    for index, figure in enumerate(judged):
+        parts += _row(figure, _TOP + index * _ROW)
+    parts.append(
+        f'<line x1="{middle}" y1="{_TOP - 6}" x2="{middle}" y2="{height - 10}" '
+        'stroke="#212529" stroke-dasharray="4 3"/>'
+    )
+    return "\n".join([*parts, "</svg>", ""])
 
 
-def _bar(figure: Figure, top: int) -> list[str]:
-    assert figure.reach is not None
-    sign = "≥" if figure.at_least else "≤"
-    text = f"{number(figure.value)} {figure.unit} ({sign} {number(figure.reach)})"
-    width = _length(figure, figure.value)
-    parts = [
-        f'<text x="16" y="{top + 14}">{escape(figure.name)}</text>',
-        f'<rect x="{_LEFT}" y="{top}" width="{width:.0f}" height="14" '
+def _row(figure: Figure, y: int) -> list[str]:
+    assert figure.aim is not None
+    assert figure.judged is not None
+    part = figure.aim.limit / figure.judged if figure.aim.at_least else 0.0
+    if not figure.aim.at_least:
+        part = figure.judged / figure.aim.limit if figure.aim.limit else float(figure.judged > 0)
+    length = max(2.0, min(part, 2.0) * _BAR_WIDTH / 2)
+    unit = "times" if figure.aim.of == "ratio" else figure.unit
+    value = f"{number(figure.judged)} {unit}, aim {figure.aim}"
+    text = y + _ROW / 2 + 1
+    return [
+        f'<text x="12" y="{text}">{escape(figure.name)}</text>',
+        f'<rect x="{_BAR_LEFT}" y="{y + 7}" width="{length:.1f}" height="{_ROW - 16}" '
         f'fill="{_COLOURS[figure.is_reached]}"/>',
-        f'<text x="{_LEFT + width + 6:.0f}" y="{top + 12}" font-size="12">{escape(text)}</text>',
+        f'<text x="{_BAR_LEFT + _BAR_WIDTH + 10}" y="{text}">{escape(value)}</text>',
     ]
-    if figure.peer is not None:
-        parts.append(f'<rect x="{_LEFT}" y="{top + 16}" width="{_length(figure, figure.peer):.0f}" '
-                     f'height="5" fill="#b0bec5"><title>{escape(figure.peer_name)}: '
-                     f"{number(figure.peer)}</title></rect>")
-    return parts
-
-
-def _length(figure: Figure, value: float) -> float:
-    assert figure.reach is not None
-    share = figure.reach / value if figure.at_least else value / figure.reach
-    return min(share, 1.6) * _TARGET

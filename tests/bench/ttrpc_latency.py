@@ -1,4 +1,4 @@
-"""Measures a State-like call against our server: `python -m tests.ttrpc.latency [calls]`.
+"""Measures a State-like call against our server: `python -m tests.bench.ttrpc_latency [calls]`.
 
 The client is another process with blocking I/O and no decoding, so that the figure is the server's.
 Prints one JSON object: microseconds for a handler answered inline and for one with a task.
@@ -16,6 +16,7 @@ from typing import Final
 
 import trio
 
+from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb.containerd_task_pb2 import StateRequest, StateResponse
 from tests.ttrpc.wire import HEADER, frame
 from ttrpc.frames import REQUEST
@@ -31,7 +32,11 @@ WARM_UP: Final = 500
 def state(_context, payload: bytes) -> bytes:
     request = StateRequest.FromString(payload)
     return StateResponse(
-        id=request.id, bundle=f"/run/bundles/{ID}", pid=1234, status=2, stdout="/run/stdout"
+        id=request.id,
+        bundle=f"/run/bundles/{ID}",
+        pid=1234,
+        status=process_pb.RUNNING,
+        stdout="/run/stdout",
     ).SerializeToString()
 
 
