@@ -1,14 +1,12 @@
-//! What PID 1 of the guest does before it serves: mounts, modules, loopback.
+//! What PID 1 of the guest does before it serves: its mounts and kernel settings.
 //!
 //! Runs once, before the event loop. Only what nobody can do without stops the boot; the rest is
 //! logged, because a guest that serves can at least say what is wrong.
 
-use std::ffi::CString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
 
-use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, chroot, setsid};
@@ -16,8 +14,6 @@ use nix::unistd::{chdir, chroot, setsid};
 use crate::status::{Context, Result};
 use crate::{error, warn};
 
-/// Absolute paths of kernel modules, one a line, in the order in which they can be loaded.
-const MODULE_LIST: &str = "/etc/modules";
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 const NO_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
@@ -52,6 +48,8 @@ pub fn prepare_machine() -> Result<()> {
     link_standard_streams();
     // Container start-up writes many short lines; the default limit would drop ours.
     let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on\n");
+    // The kernel asks this program for modules, as it would ask modprobe.
+    let _ = fs::write("/proc/sys/kernel/modprobe", "/init\n");
     if let Err(error) = enable_controllers(CGROUP_ROOT) {
         error!("cgroup controllers of {CGROUP_ROOT}: {error}");
     }
@@ -103,28 +101,6 @@ pub fn enable_controllers(cgroup: &str) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Loads the image's modules. One that is missing or fails is logged and left out.
-pub fn load_modules() {
-    let Ok(list) = fs::read_to_string(MODULE_LIST) else { return };
-    for line in list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
-    {
-        let (path, parameters) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-        if let Err(error) = load_module(path, parameters.trim()) {
-            error!("module {path}: {error}");
-        }
-    }
-}
-
-/// Loads one module file; a module that is already there is fine.
-pub fn load_module(path: &str, parameters: &str) -> io::Result<()> {
-    let file = File::open(path)?;
-    let parameters = CString::new(parameters)?;
-    match finit_module(file, &parameters, ModuleInitFlags::empty()) {
-        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Turns the machine off; returns only if the kernel refuses.
