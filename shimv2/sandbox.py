@@ -13,37 +13,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from agent_proto.errors import AgentError, AgentStatus, AgentUnreachable
-from hypervisors.errors import PreconditionFailed
+from agent_proto.errors import AgentError, AgentUnreachable
 from shimv2.boot import Machine, Machinery
 from shimv2.bundle import Bundle, ContainerKind
 from shimv2.cleanup import remove_state
 from shimv2.container import Container, Log
 from shimv2.errors import (
     AlreadyExists,
-    DeadlineExceeded,
     FailedPrecondition,
-    InvalidArgument,
     NotFound,
     ShimError,
     Unavailable,
-    Unimplemented,
     representative,
-    status_from,
 )
-from shimv2.failure import FailureReport, SandboxFailed
 from shimv2.guest_requests import container_request, sandbox_request
 from shimv2.guest_spec import shared_mounts
+from shimv2.jobs import Jobs
 from shimv2.journal import Journal
 from shimv2.lifecycle import Operation, State
 from shimv2.logger import start_logger
 from shimv2.machine_plan import plan_machine
 from shimv2.oom_watch import watch_oom
+from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
 from shimv2.rootfs import GuestPaths, MountCalls, Share, sandbox_dns
 from shimv2.timeline import Timeline
@@ -104,7 +100,7 @@ class Sandbox:
         self._state_dir = state_dir
         self.log = log
         self._parts = parts
-        self._jobs: trio.Nursery | None = None
+        self._jobs = Jobs(self._defect)
         self._machine: Machine | None = None
         self._journal: Journal | None = None
         self._share: Share | None = None
@@ -112,19 +108,15 @@ class Sandbox:
         self._is_up = trio.Event()
         self._closing = trio.Lock()  # guards the one teardown; the second caller finds it done
         self._is_watching_oom = False
-        self._post_mortem: FailureReport | None = None  # of a creation that was cut short
+        self._scene: Scene | None = None  # of a creation that was cut short
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold the sandbox's jobs until cancelled; then nothing is left of it."""
-        async with trio.open_nursery() as nursery:
-            self._jobs = nursery
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                # Bounded part by part; what hangs longer stays in the journal for `delete`.
-                with trio.CancelScope(shield=True):
-                    await self._take_down("the shim is shutting down")
+
+        async def at_end() -> None:
+            await self._take_down("the shim is shutting down")
+
+        await self._jobs.run(at_end, task_status=task_status)
 
     async def stop(self, reason: str) -> None:
         """End everything, as when the VM dies."""
@@ -186,8 +178,7 @@ class Sandbox:
 
         A defect in it ends this sandbox with its text, not the shim.
         """
-        assert self._jobs is not None
-        self._jobs.start_soon(self._guarded, job, args)
+        self._jobs.start(job, *args)
 
     async def start_logger(self, command: LoggerCommand, container_id: str) -> Logger:
         """Start a `binary://` logger under the journal."""
@@ -233,7 +224,7 @@ class Sandbox:
                 container.creation = scope
                 await self._create(container, creation)
             if scope.cancelled_caught:
-                raise self._cut_short(container, creation)
+                raise self._cut_short(container, limit_s)
         except BaseException:
             self.containers.pop(container.id, None)
             container.init.vanish()
@@ -244,7 +235,7 @@ class Sandbox:
 
     async def start(self, container: Container, exec_id: str) -> None:
         """Start a process to the end, even if the client that asked for it leaves."""
-        await self._finish(container.start, exec_id)
+        await self._jobs.finish(container.start, exec_id)
         if not self._is_watching_oom and not self.ended.is_set():
             self._is_watching_oom = True
             self.start_job(watch_oom, self.agent, self.containers.get, self._tell_oom)
@@ -253,12 +244,12 @@ class Sandbox:
         """Delete a process; with the init process, its container."""
         process = container.process(exec_id)
         if exec_id:
-            ended: ProcessExit = await self._finish(container.delete_exec, process)
+            ended: ProcessExit = await self._jobs.finish(container.delete_exec, process)
             return ended
         await process.admit(Operation.DELETE)
         never_ran = process.state is State.CREATED
         process.become(State.DELETING)
-        ended = await self._finish(self._delete, container, never_ran)
+        ended = await self._jobs.finish(self._delete, container, never_ran)
         return ended
 
     # --- Creation ---
@@ -315,7 +306,7 @@ class Sandbox:
             except Exception as exc:
                 raise await self._explained(exc) from exc
             except BaseException:
-                self._post_mortem = self._report("it was given up")
+                self._scene = self._look()
                 raise
             timeline.mark("created")
             undo.pop_all()
@@ -353,7 +344,6 @@ class Sandbox:
             raise Unavailable(self._reason or "the sandbox could not be created")
 
     def _new_machine(self, config: RuntimeConfig) -> Machine:
-        assert self._jobs is not None
         for problem in remove_state(self._state_dir):
             self.log.warning("left by an earlier shim", problem=problem)
         self._state_dir.create()
@@ -375,7 +365,7 @@ class Sandbox:
             state=self._state_dir.directory,
             share=self._share.path,
             journal=self._journal,
-            jobs=self._jobs,
+            jobs=self._jobs.nursery,
             timeline=self.timeline,
             on_death=self.fail,
         )
@@ -397,51 +387,31 @@ class Sandbox:
 
     async def _explained(self, error: Exception) -> Exception:
         """The error as a user can act on it: a mistake of theirs as it is, else a whole report."""
-        cause = representative(error)
-        if isinstance(cause, PreconditionFailed):
-            return FailedPrecondition(str(cause))
-        if isinstance(cause, (InvalidArgument, NotFound, FailedPrecondition, Unimplemented)):
-            return cause
-        if isinstance(cause, AgentStatus) and not self.ended.is_set():
-            # The guest is well: it is the container that can't be.
-            return cause
-        text = str(cause) or type(cause).__name__
-        if isinstance(cause, AgentUnreachable) and not self.ended.is_set():
-            with trio.move_on_after(EXPLAIN_DEADLINE_S):
-                await self.ended.wait()
-        report = self._report(self._reason or text)
-        report.save(self._parts.reports_root)
-        return SandboxFailed(report, int(status_from(cause)[0]))
-
-    def _report(self, error: str) -> FailureReport:
-        machine = self._machine
-        vm_exit = machine.vm_exit if machine is not None else None
-        limit_s = self._config.agent.create_container_timeout_s if self._config else None
-        return FailureReport(
-            sandbox_id=self._invocation.sandbox_id,
-            phase=self.timeline.phase,
-            error=error,
-            elapsed_s=self.timeline.elapsed_s(),
-            deadline_s=limit_s,
-            vm_exit=vm_exit.reason if vm_exit is not None else "",
-            console_tail=machine.console_tail() if machine is not None else (),
+        mistake = users_mistake(error, is_guest_well=not self.ended.is_set())
+        if mistake is not None:
+            return mistake
+        if isinstance(representative(error), AgentUnreachable):
+            await self.explain()
+        assert self._config is not None
+        return failed(
+            self._look(),
+            error,
+            reason=self._reason,
+            limit_s=self._config.agent.create_container_timeout_s,
+            reports_root=self._parts.reports_root,
         )
 
-    def _cut_short(self, container: Container, creation: Creation) -> ShimError:
+    def _look(self) -> Scene:
+        return scene_of(self._invocation.sandbox_id, self.timeline, self._machine)
+
+    def _cut_short(self, container: Container, limit_s: float) -> ShimError:
         if container.kill_requested is not None:
             return Unavailable(
                 f"container {container.id} was killed by signal {container.kill_requested} "
                 f"while {self.timeline.phase}"
             )
-        if self._post_mortem is None:
-            return DeadlineExceeded(
-                f"container {container.id} was not created within its deadline, while "
-                f"{self.timeline.phase}"
-            )
-        text = "the deadline passed"
-        report = replace(self._post_mortem, error=text, deadline_s=creation.limit_s)
-        report.save(self._parts.reports_root)
-        return SandboxFailed(report, DeadlineExceeded.code)
+        scene = self._scene or self._look()
+        return late(scene, limit_s=limit_s, reports_root=self._parts.reports_root)
 
     # --- The end of things ---
 
@@ -524,38 +494,11 @@ class Sandbox:
                 for problem in self._state_dir.remove():
                     self.log.warning("cleanup", problem=problem)
 
-    # --- Jobs ---
+    # --- Small jobs ---
 
-    async def _guarded(self, job: Callable[..., Awaitable[Any]], args: tuple[object, ...]) -> None:
-        try:
-            await job(*args)
-        except Exception as exc:  # the boundary between a job and the shim
-            cause = representative(exc)
-            self.log.error(
-                "job failed", job=getattr(job, "__qualname__", str(job)), error=repr(cause)
-            )
-            self.fail(f"internal error in the shim: {cause!r}")
-
-    async def _finish(self, job: Callable[..., Awaitable[Any]], *args: object) -> Any:  # noqa: ANN401
-        """Run `job` to its end even if the caller is cancelled; return or raise its outcome."""
-        done = trio.Event()
-        outcome: list[Any] = []
-
-        async def run() -> None:
-            try:
-                outcome.append((await job(*args), None))
-            except Exception as exc:  # handed to the caller
-                outcome.append((None, exc))
-            finally:
-                done.set()
-
-        assert self._jobs is not None
-        self._jobs.start_soon(run)
-        await done.wait()
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value
+    def _defect(self, job: str, error: Exception) -> None:
+        self.log.exception("job failed", error, job=job)
+        self.fail(f"internal error in the shim: {representative(error)!r}")
 
     def _tell_oom(self, container: Container) -> None:
         self.events.oom(container)

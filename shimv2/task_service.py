@@ -121,7 +121,7 @@ class TaskService:
         request = pb.StateRequest.FromString(payload)
         container = self._sandbox.container(request.id)
         process = container.process(request.exec_id)
-        return _state_response(container, process).SerializeToString()
+        return _state_response(container, process, self._pid(container)).SerializeToString()
 
     def connect(self, _context: CallContext, payload: bytes) -> bytes:
         """Answers for unknown ids as well: containerd asks before it knows what a shim has."""
@@ -296,7 +296,7 @@ def _inline(call: Callable[[CallContext, bytes], bytes]) -> Handler:
     return handler
 
 
-def _state_response(container: Container, process: ContainerProcess) -> pb.StateResponse:
+def _state_response(container: Container, process: ContainerProcess, pid: int) -> pb.StateResponse:
     status = _STATUS[process.state]
     if process.exec_id and status == process_pb.RUNNING and container.init.state is State.PAUSED:
         # Frozen with its container.
@@ -305,7 +305,7 @@ def _state_response(container: Container, process: ContainerProcess) -> pb.State
     response = pb.StateResponse(
         id=process.exec_id or container.id,
         bundle=str(container.bundle.path),
-        pid=container.pid,
+        pid=pid,
         status=status,
         stdin=plan.stdin_url,
         stdout=plan.stdout_url,
