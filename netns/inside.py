@@ -18,11 +18,10 @@ import select
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 import trio
 
@@ -49,12 +48,11 @@ _ANSWER: Final = struct.Struct("=iI200p255p")
 _FD: Final = struct.Struct("=i")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What work hands back: bytes, and descriptors that become the caller's."""
 
     payload: bytes = b""
-    fds: list[int] = field(default_factory=list)
+    fds: Sequence[int] = ()
 
 
 Work = Callable[[], Outcome]

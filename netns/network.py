@@ -14,10 +14,9 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -46,8 +45,7 @@ UNDO_S: Final = 5.0
 _E2BIG: Final = 7
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UndoRecord:
+class UndoRecord(NamedTuple):
     """What a journal must keep to undo a pod's wiring, also from another process.
 
     `device` and `inode` say which namespace `path` led to; `steps` are JSON.
@@ -62,12 +60,11 @@ class UndoRecord:
 Recorder = Callable[[UndoRecord], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Attached:
+class Attached(NamedTuple):
     """An endpoint with the descriptors of its tap, one a queue: for the virtual machine."""
 
     attachment: Attachment
-    fds: tuple[int, ...] = field(default=())
+    fds: tuple[int, ...] = ()
 
 
 class PodNetwork:
@@ -201,7 +198,7 @@ class PodNetwork:
         return problems
 
     async def _look(self, *, is_first: bool) -> None:
-        known = frozenset(each.attachment.endpoint.index for each in self.attached)
+        known = frozenset(each.attachment.endpoint.ifindex for each in self.attached)
         makes_taps = self._wiring is Wiring.TC_FILTER
         work = partial(_look, self._queues, known, makes_taps=makes_taps, is_first=is_first)
         name = f"look into {self._namespace.path}"
@@ -223,7 +220,7 @@ class PodNetwork:
     async def _make_macvtaps(self, joined: tuple[Attachment, ...]) -> list[int]:
         operations = wire(joined, self._wiring, self._limits)
         opening = partial(_apply_and_open, operations, joined, self._queues)
-        return (await self._carry_out(operations, opening)).fds
+        return list((await self._carry_out(operations, opening)).fds)
 
     async def _carry_out(
         self, operations: tuple[Operation, ...], work: Callable[[], Outcome] | None = None

@@ -15,8 +15,7 @@ Taps have no step here: they go with their last descriptor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Final, TypeAlias, assert_never
+from typing import Final, NamedTuple, TypeAlias, assert_never
 
 from netns.model import Endpoint, Layout, RateLimits, Wiring
 
@@ -30,24 +29,21 @@ PRIORITY_VLAN: Final = 0xBFFE
 PRIORITY_REDIRECT: Final = 0xBFFF
 
 
-@dataclass(frozen=True, slots=True)
-class AddIngress:
+class AddIngress(NamedTuple):
     """Give `link` an ingress qdisc."""
 
     link: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteIngress:
+class DeleteIngress(NamedTuple):
     """Remove the ingress qdisc of `link`, and its filters with it."""
 
     link: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Redirect:
+class Redirect(NamedTuple):
     """Send every frame that `link` (named `name`) receives out of the link named `target`.
 
     A link of ours has index 0 here: it is found by its name.
@@ -59,16 +55,14 @@ class Redirect:
     target_name: str
 
 
-@dataclass(frozen=True, slots=True)
-class PassVlans:
+class PassVlans(NamedTuple):
     """Let frames with a VLAN tag go on to the VLAN's own link."""
 
     link: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteFilter:
+class DeleteFilter(NamedTuple):
     """Remove the filter of `priority` from `link`'s ingress."""
 
     link: int
@@ -76,8 +70,7 @@ class DeleteFilter:
     priority: int
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """Let `link` send at most `rate_bps` bits a second."""
 
     link: int
@@ -85,16 +78,14 @@ class Shape:
     rate_bps: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unshape:
+class Unshape(NamedTuple):
     """Take `Shape` back."""
 
     link: int
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class AddMacvtap:
+class AddMacvtap(NamedTuple):
     """Make the macvtap `name` on `lower`, in passthru mode, and set it up."""
 
     name: str
@@ -102,8 +93,7 @@ class AddMacvtap:
     mtu: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteMacvtap:
+class DeleteMacvtap(NamedTuple):
     """Remove the macvtap `name`, if it is one."""
 
     name: str
@@ -122,8 +112,7 @@ Operation: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachment:
+class Attachment(NamedTuple):
     """An endpoint and the link (`device`) whose descriptors the virtual machine gets."""
 
     endpoint: Endpoint
@@ -149,7 +138,7 @@ def attachments(
     used, old = set(taken), set(known)
     chosen: list[Attachment] = []
     for endpoint in layout.endpoints:
-        if endpoint.index in old:
+        if endpoint.ifindex in old:
             continue
         device = endpoint.name if endpoint.tap is not None else _free(pattern, used)
         used.add(device)
@@ -175,17 +164,17 @@ def wire(
         if endpoint.tap is None and wiring is Wiring.TC_FILTER:
             steps += _redirects(endpoint, device)
         elif endpoint.tap is None and wiring is Wiring.MACVTAP:
-            steps.append(AddMacvtap(device, endpoint.index, endpoint.mtu))
+            steps.append(AddMacvtap(device, endpoint.ifindex, endpoint.mtu))
         if endpoint.tap is None and limits.from_guest_bps:
-            steps.append(Shape(endpoint.index, endpoint.name, limits.from_guest_bps))
+            steps.append(Shape(endpoint.ifindex, endpoint.name, limits.from_guest_bps))
         if wiring is Wiring.TC_FILTER and limits.to_guest_bps:
-            own = 0 if endpoint.tap is None else endpoint.index
+            own = 0 if endpoint.tap is None else endpoint.ifindex
             steps.append(Shape(own, device, limits.to_guest_bps))
     return tuple(steps)
 
 
 def _redirects(endpoint: Endpoint, tap: str) -> list[Operation]:
-    index, name = endpoint.index, endpoint.name
+    index, name = endpoint.ifindex, endpoint.name
     steps: list[Operation] = [AddIngress(0, tap), Redirect(0, tap, index, name)]
     if not endpoint.has_ingress:
         steps.append(AddIngress(index, name))

@@ -148,7 +148,7 @@ def link_of(body: bytes) -> Link:
     kind = text(info.get(1))
     is_elsewhere = 37 in found  # IFLA_LINK_NETNSID: what is below lies in another namespace
     return Link(
-        index=index,
+        ifindex=index,
         name=text(found.get(3)),
         kind=kind,
         mac=_mac(found.get(1, b"")),
@@ -240,12 +240,12 @@ def layout(scan: Scan, *, without: frozenset[str] = frozenset()) -> Layout:
     notes = list(scan.notes)
     uppers = {link.lower: link for link in scan.links if link.lower and link.name not in without}
     endpoints: list[Endpoint] = []
-    for link in sorted(scan.links, key=lambda link: link.index):
+    for link in sorted(scan.links, key=lambda link: link.ifindex):
         if link.name in without or not _is_used(link, scan):
             continue
-        if reason := _hindrance(link, uppers.get(link.index)):
+        if reason := _hindrance(link, uppers.get(link.ifindex)):
             raise UnsupportedLink(link.name, reason)
-        endpoints.append(_endpoint(link, uppers.get(link.index), scan, notes))
+        endpoints.append(_endpoint(link, uppers.get(link.ifindex), scan, notes))
     seen: dict[Mac, str] = {}
     for endpoint in endpoints:
         other = seen.setdefault(endpoint.mac, endpoint.name)
@@ -265,7 +265,7 @@ def _is_used(link: Link, scan: Scan) -> bool:
 
 
 def _counts(address: Address, link: Link) -> bool:
-    return address.link == link.index and not _is_generated(address, link.mac)
+    return address.link == link.ifindex and not _is_generated(address, link.mac)
 
 
 def _hindrance(link: Link, upper: Link | None) -> str:
@@ -283,7 +283,7 @@ def _endpoint(link: Link, upper: Link | None, scan: Scan, notes: list[str]) -> E
     if not link.is_up:
         notes.append(f"{link.name} is down: nothing passes until it is set up in its namespace")
     return Endpoint(
-        index=link.index,
+        ifindex=link.ifindex,
         name=link.name,
         kind=link.kind,
         mac=link.mac,
@@ -291,8 +291,8 @@ def _endpoint(link: Link, upper: Link | None, scan: Scan, notes: list[str]) -> E
         has_arp=link.has_arp,
         addresses=addresses,
         routes=_routes_of(link, addresses, scan, notes),
-        neighbours=tuple(n for n in scan.neighbours if n.link == link.index),
-        has_ingress=link.index in scan.ingress_of,
+        neighbours=tuple(n for n in scan.neighbours if n.link == link.ifindex),
+        has_ingress=link.ifindex in scan.ingress_of,
         carries_vlans=upper is not None,
         tap=link.tap if link.tap is not None and link.tap.is_persistent else None,
     )
@@ -305,7 +305,7 @@ def _routes_of(
     own = {interface.network for interface in addresses}
     chosen: dict[Network, Route] = {}
     for route in sorted(scan.routes, key=lambda route: route.metric):
-        if route.link != link.index or (route.is_kernels and _is_automatic(route, own)):
+        if route.link != link.ifindex or (route.is_kernels and _is_automatic(route, own)):
             continue
         if route.destination in chosen:
             notes.append(f"route {route.destination} of metric {route.metric} has a better rival")

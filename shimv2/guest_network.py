@@ -23,7 +23,7 @@ _RTNH_F_ONLINK: Final = 0x4
 
 def device_id(endpoint: Endpoint) -> str:
     """Name the machine's device of an endpoint; indexes are never used twice in a namespace."""
-    return f"net{endpoint.index}"
+    return f"net{endpoint.ifindex}"
 
 
 def net_device(attached: Attached, vhost_fds: Sequence[int] = ()) -> NetDevice:

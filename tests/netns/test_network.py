@@ -6,7 +6,6 @@ import os
 import socket
 import struct
 import sys
-from dataclasses import asdict
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
@@ -105,7 +104,7 @@ async def test_tear_down_leaves_the_namespace_as_it_was(pod, outside, wiring, qu
     assert await network.aclose() == []
     assert pod.everything() == before
     assert await network.aclose() == []
-    assert undo_recorded(asdict(records[-1])) is None
+    assert undo_recorded(records[-1]._asdict()) is None
     assert pod.everything() == before
     assert open_fds() == fds
 
@@ -246,7 +245,7 @@ async def test_undo_of_a_namespace_that_is_gone_is_fine(outside):
     await network.wire()
     await network.aclose()
     short.close()
-    assert undo_recorded(asdict(records[-1])) is None
+    assert undo_recorded(records[-1]._asdict()) is None
 
 
 async def test_killed_shim_s_wiring_is_undone_from_its_record(pod, outside):
@@ -256,10 +255,10 @@ async def test_killed_shim_s_wiring_is_undone_from_its_record(pod, outside):
     await network.wire()
     network.close_taps()  # as the kernel does for the dead
     assert pod.everything() != before
-    other = asdict(records[-1]) | {"inode": 1}
+    other = records[-1]._asdict() | {"inode": 1}
     assert undo_recorded(other) is None
     assert pod.everything() != before
-    assert undo_recorded(asdict(records[-1])) is None
+    assert undo_recorded(records[-1]._asdict()) is None
     assert pod.everything() == before
     await network.aclose()
 

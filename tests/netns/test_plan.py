@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
@@ -78,8 +78,8 @@ class Kernel:
 
 def endpoint(index: int, **changes) -> Endpoint:
     mac = Mac(f"02:00:00:00:00:{index:02x}")
-    return replace(
-        Endpoint(index=index, name=f"net{index}", kind="veth", mac=mac, mtu=1500), **changes
+    return Endpoint(ifindex=index, name=f"net{index}", kind="veth", mac=mac, mtu=1500)._replace(
+        **changes
     )
 
 
@@ -94,7 +94,7 @@ endpoints = st.lists(
         st.booleans(),
     ),
     max_size=8,
-    unique_by=lambda each: each.index,
+    unique_by=lambda each: each.ifindex,
 )
 limits = st.builds(
     RateLimits,
@@ -161,7 +161,7 @@ def test_vlans_of_a_link_pass_before_the_rest_is_redirected():
 def test_known_endpoints_are_not_attached_again():
     both = Layout(endpoints=(endpoint(3), endpoint(4)))
     (late,) = attachments(both, Wiring.TC_FILTER, ["tap0_kata"], known=[3])
-    assert (late.endpoint.index, late.device) == (4, "tap1_kata")
+    assert (late.endpoint.ifindex, late.device) == (4, "tap1_kata")
 
 
 @pytest.mark.parametrize("name", ["eth0", "tap0", "tapx_kata", "_kata", "br0_kata", "tap0_kata1"])

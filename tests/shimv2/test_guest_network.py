@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
 
 from agent_proto.pb import types_pb2
@@ -15,8 +14,8 @@ MAC = Mac("02:00:00:00:00:07")
 
 
 def endpoint(**changes) -> Endpoint:
-    plain = Endpoint(index=7, name="eth0", kind="veth", mac=MAC, mtu=1450)
-    return replace(plain, **changes)
+    plain = Endpoint(ifindex=7, name="eth0", kind="veth", mac=MAC, mtu=1450)
+    return plain._replace(**changes)
 
 
 def route(destination: str, **changes) -> Route:
