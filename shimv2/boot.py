@@ -161,9 +161,10 @@ class Machine:
         if self._kernel_vsock is not None:
             self._kernel_vsock.close()
             self._kernel_vsock = None
-        for entry in reversed(self._entries):
-            self._journal.release(entry)
-        self._entries.clear()
+        if self.vm is None or self.vm.exit is not None:
+            for entry in reversed(self._entries):
+                self._journal.release(entry)
+            self._entries.clear()
 
     async def _boot(self) -> None:
         kernel_vsock = self._kernel_vsock = self._machinery.open_kernel_vsock()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -34,6 +35,7 @@ class LoggerProcess:
         self._child = child
         self.stdout = stdout
         self.stderr = stderr
+        self.on_stopped: Callable[[], None] = lambda: None
 
     async def stop(self) -> None:
         """Close its input and wait for its end, within a bound. Idempotent; safe to cancel."""
@@ -48,6 +50,7 @@ class LoggerProcess:
                     await self._child.wait()
         finally:
             await self._child.aclose()
+            self.on_stopped()
 
 
 async def start_logger(

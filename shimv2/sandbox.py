@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from hypervisors.child import ChildRecord
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
+    from shimv2.journal import Entry
     from shimv2.mounts import RootfsMount
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
@@ -182,12 +183,32 @@ class Sandbox:
 
     async def start_logger(self, command: LoggerCommand, container_id: str) -> Logger:
         """Start a `binary://` logger under the journal."""
-        return await start_logger(
-            command,
-            container_id=container_id,
-            namespace=self._invocation.namespace,
-            record=self._record_logger,
-        )
+        journal = self._journal
+        if journal is None:
+            raise Unavailable(self._reason or "the sandbox has ended")
+        entries: list[Entry] = []
+
+        def record(child: ChildRecord) -> None:
+            entries.append(
+                journal.take("process", name=child.name, pid=child.pid, start_time=child.start_time)
+            )
+
+        def forget() -> None:
+            for entry in entries:
+                journal.release(entry)
+
+        try:
+            logger = await start_logger(
+                command,
+                container_id=container_id,
+                namespace=self._invocation.namespace,
+                record=record,
+            )
+        except BaseException:
+            forget()
+            raise
+        logger.on_stopped = forget
+        return logger
 
     # --- Containers ---
 
@@ -505,12 +526,6 @@ class Sandbox:
         # CRI-O has no events of containerd's and looks for this file. Source: Kata service.go.
         with contextlib.suppress(OSError):
             (container.bundle.path / "oom").touch()
-
-    def _record_logger(self, record: ChildRecord) -> None:
-        assert self._journal is not None
-        self._journal.take(
-            "process", name=record.name, pid=record.pid, start_time=record.start_time
-        )
 
     def _report_timeline(self) -> None:
         if not self.timeline.is_reported:
