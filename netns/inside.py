@@ -157,7 +157,7 @@ def _work_and_exit(namespace_fd: int, sock: socket.socket, work: Work) -> NoRetu
     # No exception and no exit handler of the parent's may run here, whatever happens.
     code, operation, detail, outcome = 0, "setns", "", Outcome()
     try:
-        _leave_parent(keep=(namespace_fd, sock.fileno()))
+        leave_parent(keep=(namespace_fd, sock.fileno()))
         _setns(namespace_fd)
         operation = "work"
         outcome = work()
@@ -177,8 +177,11 @@ def _work_and_exit(namespace_fd: int, sock: socket.socket, work: Work) -> NoRetu
         os._exit(0)
 
 
-def _leave_parent(keep: tuple[int, int]) -> None:
-    """Die with the parent; hold nothing of it open; let no signal run its handlers."""
+def leave_parent(*, keep: Sequence[int]) -> None:
+    """In a forked child: die with the parent, hold nothing of it, run none of its handlers.
+
+    Only the descriptors in `keep` and the standard ones stay open.
+    """
     # Source: linux/prctl.h PR_SET_PDEATHSIG = 1
     _libc().prctl(1, signal.SIGKILL, 0, 0, 0)
     # A collection would copy the pages of everything the parent has in memory.
@@ -187,10 +190,21 @@ def _leave_parent(keep: tuple[int, int]) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-    low, high = sorted(keep)
-    os.closerange(3, low)
-    os.closerange(low + 1, high)
-    os.closerange(high + 1, os.sysconf("SC_OPEN_MAX"))
+    first = 3
+    for kept in sorted(keep):
+        os.closerange(first, kept)
+        first = kept + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
+def unshare_network() -> None:
+    """Put the calling process into a new network namespace.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    if _libc().unshare(_CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
 
 
 def _libc() -> ctypes.CDLL:
