@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 CPU_PREFIX: Final = "cpu-"
 DIMM_PREFIX: Final = "dimm"
 # The order in which vCPUs are added: by their place in the topology.
-CPU_PLACES: Final = ("node-id", "socket-id", "die-id", "core-id", "thread-id")
+# Source: QEMU qapi/machine.json CpuInstanceProperties; cluster and module are 7.1's and 9.1's.
+CPU_PLACES: Final = (
+    "node-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id",
+)  # fmt: skip
 
 
 class QemuResize:
