@@ -238,30 +238,32 @@ async def spawn(
     Raises:
         SpawnFailed: fork failed or the program cannot be executed (path, errno).
     """
+    plan = child_exec.ExecPlan(
+        argv=list(argv),
+        env=dict(env) if env is not None else child_exec.DEFAULT_ENV,
+        cwd=cwd,
+        stdio=(stdin, stdout, stderr),
+        fds=dict(pass_fds if isinstance(pass_fds, Mapping) else {fd: fd for fd in pass_fds}),
+        limits={resource.RLIMIT_CORE: (0, 0), **(rlimits or {})},
+        user=user,
+        unshare=unshare,
+        death_signal=death_signal,
+        no_new_privileges=no_new_privileges,
+    )
+    return await _start(name, plan, record)
+
+
+async def _start(name: str, plan: child_exec.ExecPlan, record: Recorder) -> Child:
     if _thread.get_native_id() != os.getpid():
         raise RuntimeError("spawn() must be called by the main thread")
-    targets = pass_fds if isinstance(pass_fds, Mapping) else {fd: fd for fd in pass_fds}
-    limits = {resource.RLIMIT_CORE: (0, 0), **(rlimits or {})}
-    with child_exec.Pipes(keep_stderr=stderr is None) as pipes:
-        plan = child_exec.ExecPlan(
-            argv=list(argv),
-            env=dict(env) if env is not None else child_exec.DEFAULT_ENV,
-            cwd=cwd,
-            stdio=(stdin, stdout, pipes.stderr_write if stderr is None else stderr),
-            fds=dict(targets),
-            limits=limits,
-            user=user,
-            unshare=unshare,
-            death_signal=death_signal,
-            no_new_privileges=no_new_privileges,
-        )
+    with child_exec.Pipes(keep_stderr=plan.stdio[2] is None) as pipes:
         child = _fork(name, plan, pipes)
         try:
             record(ChildRecord(name=name, pid=child.pid, start_time=child.start_time))
             # A child that was killed at the gate is reported by its exit like any other.
             with contextlib.suppress(BrokenPipeError):
                 os.write(pipes.gate_write, b"g")
-            await _wait_executed(argv[0], pipes)
+            await _wait_executed(plan.argv[0], pipes)
         except BaseException:
             await child.aclose()
             raise

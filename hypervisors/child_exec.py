@@ -138,7 +138,7 @@ def become(plan: ExecPlan, pipes: Pipes, parent: int) -> NoReturn:
         stage = "session"
         os.setsid()
         stage = "descriptors"
-        status = _arrange_fds(plan, status)
+        status = _arrange_fds(plan, pipes)
         stage = "limits"
         for kind, limit in plan.limits.items():
             resource.setrlimit(kind, limit)
@@ -162,16 +162,18 @@ def become(plan: ExecPlan, pipes: Pipes, parent: int) -> NoReturn:
         os._exit(127)
 
 
-def _arrange_fds(plan: ExecPlan, status: int) -> int:
+def _arrange_fds(plan: ExecPlan, pipes: Pipes) -> int:
     """Put every descriptor on its number and close the rest; returns the status pipe's new number.
 
     Sources are first copied above all targets, so that no move overwrites a later one's source.
     """
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     wanted = {number: null if fd is None else fd for number, fd in enumerate(plan.stdio)}
+    if pipes.stderr_write >= 0:
+        wanted[2] = pipes.stderr_write
     wanted.update(plan.fds)
     above = max(wanted) + 1
-    status = fcntl.fcntl(status, fcntl.F_DUPFD_CLOEXEC, above)
+    status = fcntl.fcntl(pipes.status_write, fcntl.F_DUPFD_CLOEXEC, above)
     copies = {
         target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, above)
         for target, source in wanted.items()
