@@ -13,6 +13,7 @@ use nix::sys::socket::{
 };
 
 use crate::io::Pollable;
+use crate::modules;
 use crate::pb::grpc::Storage;
 use crate::status::{Code, Context, Result, Status};
 
@@ -127,6 +128,7 @@ pub async fn wait_for<T>(
     let search = async {
         let mut event = [0; 4096];
         loop {
+            modules::load_for_devices();
             if let Some(found) = look() {
                 return Ok(found);
             }

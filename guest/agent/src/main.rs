@@ -46,6 +46,7 @@ mod watchable;
 
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use tokio::task::LocalSet;
@@ -55,6 +56,9 @@ use crate::config::Config;
 use crate::json::Object;
 use crate::reaper::Reaper;
 use crate::status::{Context, Result};
+
+/// A host that wants to be told listens already, so it takes the line at once.
+const ANNOUNCE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Milliseconds since the kernel's clock began at the steps of the start.
 #[derive(Default)]
@@ -78,6 +82,9 @@ fn main() -> ExitCode {
         println!("{}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
+    if !is_pid_1 && std::env::args().nth(1).is_some_and(|argument| argument == "-q") {
+        return run_as_modprobe();
+    }
     // The kernel gives init the words of its command line that it doesn't know (`nokaslr` of a PVH
     // boot), so an argument alone doesn't mean that a test runs us in a pid namespace.
     let is_init = is_pid_1 && !std::env::args().any(|argument| argument == "--listen");
@@ -99,13 +106,22 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// The kernel asks for a module by running `modprobe -q -- ALIAS`.
+fn run_as_modprobe() -> ExitCode {
+    let alias = std::env::args().nth(3).unwrap_or_default();
+    match modules::load_by_name(&alias, "") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
 fn configure(is_init: bool, times: &mut BootTimes) -> std::result::Result<Config, String> {
     if !is_init {
         return Config::from_args(std::env::args().skip(1));
     }
     boot::prepare_machine().map_err(|status| status.message)?;
     logging::use_kernel_log();
-    boot::load_modules();
+    modules::load_transport();
     times.modules = uptime_ms();
     let cmdline = std::fs::read_to_string("/proc/cmdline").map_err(|error| error.to_string())?;
     Ok(Config::from_cmdline(&cmdline))
@@ -124,7 +140,11 @@ async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()
     let agent = Rc::new(Agent::new(config, is_init, reaper.clone())?);
     tokio::task::spawn_local(async move { reaper.run().await });
     if ready_port != 0 {
-        tokio::task::spawn_local(announce(ready_port, times));
+        let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, announce(ready_port, times)).await;
+    }
+    if is_init {
+        // The host is on its way to connect; what it will need can come up meanwhile.
+        modules::load_for_devices();
     }
     let watcher = agent.clone();
     tokio::task::spawn_local(async move { watcher.oom.run().await });

@@ -1,44 +1,186 @@
-//! Kernel modules by name, with what they depend on, from the image's modules.dep.
+//! Kernel modules: those that serving needs first, the rest as the machine turns out to need them.
+//!
+//! The image lists its modules in an order in which all could be loaded. In an emulated guest each
+//! costs milliseconds on the way to a container, so drivers wait for their device and filesystems
+//! for the first mount, which the kernel announces by running its `modprobe`: this program.
 
-use std::fs;
+use std::cell::Cell;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
 
-use nix::sys::utsname::uname;
+use nix::kmod::{ModuleInitFlags, finit_module};
 
-use crate::boot::load_module;
+use crate::error;
 use crate::status::{Context, Result, Status};
 
-/// Loads a module after its dependencies. One that is built into the kernel is fine.
-pub fn load_by_name(name: &str, parameters: &str) -> Result<()> {
-    let valid = !name.is_empty()
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte));
-    if !valid {
-        return Err(Status::invalid(format!("{name:?} is not the name of a kernel module")));
+/// Absolute paths of modules, one a line, with parameters behind them if there are any.
+const LIST: &str = "/etc/modules";
+/// The last module without which nobody can talk to the agent.
+const TRANSPORT: &str = "vmw_vsock_virtio_transport";
+const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+
+/// What makes a module worth loading.
+#[derive(Clone, Copy, PartialEq)]
+enum Need {
+    /// A virtio device of this type. Source: virtio 1.2, "Device Types".
+    Virtio(u32),
+    /// A PCI device whose modalias begins so.
+    Pci(&'static str),
+    /// Somebody asks the kernel for it.
+    Request,
+}
+
+const PVPANIC: Need = Need::Pci("pci:v00001B36d00000011");
+/// Modules that wait. One that is not here is loaded at the start.
+const ON_DEMAND: [(&str, Need); 14] = [
+    ("failover", Need::Virtio(1)),
+    ("net_failover", Need::Virtio(1)),
+    ("virtio_net", Need::Virtio(1)),
+    ("virtio_blk", Need::Virtio(2)),
+    ("virtio_rng", Need::Virtio(4)),
+    ("virtio_balloon", Need::Virtio(5)),
+    ("virtio_scsi", Need::Virtio(8)),
+    ("virtio_mem", Need::Virtio(24)),
+    ("fuse", Need::Virtio(26)),
+    ("virtiofs", Need::Virtio(26)),
+    ("virtio_pmem", Need::Virtio(27)),
+    ("pvpanic", PVPANIC),
+    ("pvpanic_pci", PVPANIC),
+    ("overlay", Need::Request),
+];
+
+struct Entry<'a> {
+    path: &'a str,
+    parameters: &'a str,
+}
+
+fn entries(list: &str) -> impl Iterator<Item = Entry<'_>> {
+    list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(|line| {
+        let (path, parameters) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        Entry { path, parameters: parameters.trim() }
+    })
+}
+
+/// A module's name as the kernel writes it.
+fn name_of(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split(".ko").next().unwrap_or(file).replace('-', "_")
+}
+
+fn need_of(name: &str) -> Option<Need> {
+    ON_DEMAND.iter().find(|(known, _)| *known == name).map(|(_, need)| *need)
+}
+
+thread_local! {
+    /// The kernel is the agent's: it is PID 1, or runs for the kernel of such a machine.
+    static OWNED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Loads what the transport to the host needs. A list without it is loaded as far as it goes.
+pub fn load_transport() {
+    OWNED.with(|owned| owned.set(true));
+    let list = fs::read_to_string(LIST).unwrap_or_default();
+    for entry in entries(&list) {
+        let name = name_of(entry.path);
+        if need_of(&name).is_none() {
+            load_or_tell(&entry);
+        }
+        if name == TRANSPORT {
+            return;
+        }
     }
-    let kernel = uname().context(|| "uname".to_owned())?;
-    let base = format!("/lib/modules/{}", kernel.release().to_string_lossy());
-    if contains(&format!("{base}/modules.builtin"), name) {
+}
+
+/// Loads what else the machine's devices need; cheap when there is nothing new.
+pub fn load_for_devices() {
+    if !OWNED.with(Cell::get) {
+        return;
+    }
+    let list = fs::read_to_string(LIST).unwrap_or_default();
+    let virtio = modaliases(VIRTIO_DEVICES);
+    let pci = modaliases(PCI_DEVICES);
+    for entry in entries(&list) {
+        let name = name_of(entry.path);
+        let wanted = match need_of(&name) {
+            None => true,
+            Some(Need::Virtio(kind)) => {
+                let alias = format!("virtio:d{kind:08X}");
+                virtio.iter().any(|present| present.starts_with(&alias))
+            }
+            Some(Need::Pci(alias)) => pci.iter().any(|present| present.starts_with(alias)),
+            Some(Need::Request) => false,
+        };
+        if wanted {
+            load_or_tell(&entry);
+        }
+    }
+}
+
+fn modaliases(directory: &str) -> Vec<String> {
+    let Ok(devices) = fs::read_dir(directory) else { return Vec::new() };
+    devices.flatten().filter_map(|d| fs::read_to_string(d.path().join("modalias")).ok()).collect()
+}
+
+fn load_or_tell(entry: &Entry<'_>) {
+    if let Err(error) = load(entry.path, entry.parameters) {
+        error!("module {}: {error}", entry.path);
+    }
+}
+
+/// Loads one module file; a module that is already there is fine. The file is then only memory that
+/// the pod could use, because the image is unpacked in memory.
+fn load(path: &str, parameters: &str) -> io::Result<()> {
+    if Path::new("/sys/module").join(name_of(path)).exists() {
         return Ok(());
     }
-    let list = fs::read_to_string(format!("{base}/modules.dep")).unwrap_or_default();
-    let line = list.lines().find(|line| is_named(line.split(':').next().unwrap_or(""), name));
-    let Some((file, dependencies)) = line.and_then(|line| line.split_once(':')) else {
-        return Err(Status::internal(format!("kernel module {name} is not in the guest image")));
-    };
-    // modules.dep lists the nearest dependency first.
-    for dependency in dependencies.split_ascii_whitespace().rev() {
-        load_module(&format!("{base}/{dependency}"), "")
-            .context(|| format!("loading {dependency} for {name}"))?;
+    let file = File::open(path)?;
+    let parameters = CString::new(parameters)?;
+    match finit_module(file, &parameters, ModuleInitFlags::empty()) {
+        Ok(()) => {
+            let _ = fs::remove_file(path);
+            Ok(())
+        }
+        Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Err(error) => Err(error.into()),
     }
-    load_module(&format!("{base}/{file}"), parameters).context(|| format!("loading {name}"))
 }
 
-fn contains(file: &str, name: &str) -> bool {
-    fs::read_to_string(file).is_ok_and(|text| text.lines().any(|line| is_named(line, name)))
+/// Loads a module by its name or the kernel's alias (`fs-overlay`), after those listed before it
+/// that wait for the same thing.
+pub fn load_by_name(alias: &str, parameters: &str) -> Result<()> {
+    let name = alias.strip_prefix("fs-").unwrap_or(alias).replace('-', "_");
+    let list = fs::read_to_string(LIST).context(|| LIST.to_owned())?;
+    let need = need_of(&name);
+    for entry in entries(&list) {
+        let listed = name_of(entry.path);
+        let what = || format!("loading kernel module {listed}");
+        if listed == name {
+            let own = if parameters.is_empty() { entry.parameters } else { parameters };
+            return load(entry.path, own).context(what);
+        }
+        if need.is_some() && need_of(&listed) == need {
+            load(entry.path, entry.parameters).context(what)?;
+        }
+    }
+    if Path::new("/sys/module").join(&name).exists() {
+        return Ok(());
+    }
+    Err(Status::internal(format!("kernel module {alias:?} is not in the guest image")))
 }
 
-/// Dashes and underscores are the same in a module's name.
-fn is_named(path: &str, name: &str) -> bool {
-    let file = path.rsplit('/').next().unwrap_or(path);
-    let stem = file.split(".ko").next().unwrap_or(file);
-    stem.replace('-', "_") == name.replace('-', "_")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn list_has_paths_parameters_and_comments() {
+        let list = "# order kept\n/lib/modules/virtio-rng.ko\n\n/lib/a_b.ko.xz x=1 y=2\n";
+        let read: Vec<_> =
+            entries(list).map(|entry| (name_of(entry.path), entry.parameters)).collect();
+        assert_eq!(read, [("virtio_rng".to_owned(), ""), ("a_b".to_owned(), "x=1 y=2")]);
+        assert!(need_of("virtio_rng") == Some(Need::Virtio(4)) && need_of("a_b").is_none());
+    }
 }

@@ -8,7 +8,7 @@ use crate::block::{parse_pci_path, pci_device, wait_for};
 use crate::network::{Address, Link, Network, parse_ip};
 use crate::pb::{grpc, types};
 use crate::status::{Context, Result, Status};
-use crate::warn;
+use crate::{modules, warn};
 
 /// Source: linux/if.h, IFNAMSIZ with its NUL.
 const MAX_NAME_BYTES: usize = 15;
@@ -32,6 +32,8 @@ impl Agent {
             let what = format!("a network device at PCI path {}", wanted.device_path);
             wait_for(&what, self.config.hotplug_timeout, look).await?;
         }
+        // A hot-plugged interface may be the first of its kind.
+        modules::load_for_devices();
         let mut network = Network::open()?;
         let links = network.links()?;
         let link = links

@@ -75,7 +75,8 @@ impl Agent {
         if self.sandbox.borrow().has_namespaces {
             return Err(Status::new(Code::AlreadyExists, "the sandbox already exists"));
         }
-        for module in &request.kernel_modules {
+        let modules = request.kernel_modules.iter().filter(|_| self.is_init);
+        for module in modules {
             crate::modules::load_by_name(&module.name, &module.parameters.join(" "))?;
         }
         make_namespaces(&request.hostname)?;
