@@ -69,6 +69,8 @@ pub struct Container {
     pub storages: Vec<String>,
     /// The init process as it was asked for: what exec requests leave out is taken from here.
     pub init_spec: grpc::Process,
+    /// The init process's filter, which every exec process gets as well.
+    pub seccomp: Option<grpc::LinuxSeccomp>,
     pub rootfs: PathBuf,
     /// Source, in the guest, of the mount at the Kubernetes termination log path.
     pub termination_log: Option<PathBuf>,

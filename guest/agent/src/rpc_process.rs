@@ -29,7 +29,9 @@ impl Agent {
             .launch(process.terminal, async |io| match &container.engine {
                 Engine::Native(_) => {
                     let init = container.init.pid;
-                    native::exec(&self.reaper, &process, init, &container.cgroup, io).await
+                    let seccomp = container.seccomp.as_ref();
+                    let cgroup = &container.cgroup;
+                    native::exec(&self.reaper, &process, seccomp, init, cgroup, io).await
                 }
                 Engine::Crun => {
                     let json = spec_json::process(&process);

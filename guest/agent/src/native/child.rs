@@ -12,16 +12,17 @@ use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setsid};
 
 use super::credentials::Program;
 use super::rootfs;
+use super::seccomp::Filter;
 use super::sync::from_child;
 use super::terminal;
-use crate::pb::grpc::{LinuxNamespace, Process, Spec};
+use crate::pb::grpc::{LinuxNamespace, LinuxSeccomp, Process, Spec};
 use crate::status::{Context, Result, Status};
 use crate::stdio::ProcessEnds;
 
 /// What the child is to become.
 pub enum Job<'a> {
     Init(&'a Spec),
-    Exec { process: &'a Process, target: BorrowedFd<'a> },
+    Exec { process: &'a Process, seccomp: Option<&'a LinuxSeccomp>, target: BorrowedFd<'a> },
 }
 
 pub enum Standard<'a> {
@@ -89,10 +90,14 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     }
     close_others(&mut keep);
     setsid().context(|| "setsid".to_owned())?;
-    let process = match job {
-        Job::Init(spec) => spec.process.as_ref(),
-        Job::Exec { process, .. } => Some(*process),
+    let (process, seccomp) = match job {
+        Job::Init(spec) => {
+            let seccomp = spec.linux.as_ref().and_then(|linux| linux.seccomp.as_ref());
+            (spec.process.as_ref(), seccomp)
+        }
+        Job::Exec { process, seccomp, .. } => (Some(*process), *seccomp),
     };
+    let filter = seccomp.map(Filter::compile).transpose()?;
     let process = process.ok_or_else(|| Status::invalid("no process"))?;
     set_oom_score(process.oom_score_adj)?;
     match job {
@@ -107,7 +112,7 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     from_child::ready(socket, master.as_ref().map(AsFd::as_fd)).context(|| "ready".to_owned())?;
     drop(master);
     if from_child::wait_for_go(socket).context(|| "waiting to start".to_owned())? {
-        program.execute()?;
+        program.execute(filter.as_ref())?;
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use nix::unistd::{
     AccessFlags, Gid, Uid, chdir, eaccess, execve, fchown, getcwd, setgroups, setresgid, setresuid,
 };
 
+use super::seccomp::Filter;
 use crate::pb::grpc::{LinuxCapabilities, PosixRlimit, Process};
 use crate::status::{Context, Result, Status};
 
@@ -64,16 +65,25 @@ impl<'a> Program<'a> {
     }
 
     /// Becomes the program; returns only an error.
-    pub fn execute(self) -> Result<()> {
+    pub fn execute(self, filter: Option<&Filter>) -> Result<()> {
         let process = self.process;
         for limit in &process.rlimits {
             set_limit(limit)?;
         }
         give_streams(process);
+        // Without no_new_privs only a privileged process may load a filter, so it comes first and
+        // must allow the steps that follow; with it, the filter comes last.
+        let (early, late) = if process.no_new_privileges { (None, filter) } else { (filter, None) };
+        if let Some(filter) = early {
+            filter.enforce()?;
+        }
         become_user(process)?;
         enter_directory(&process.cwd)?;
         if process.no_new_privileges {
             set_no_new_privs().context(|| "no_new_privs".to_owned())?;
+        }
+        if let Some(filter) = late {
+            filter.enforce()?;
         }
         let Err(error) = execve(&self.path, &self.arguments, &self.environment);
         Err(Status::internal(format!("exec {:?}: {}", self.path, error.desc())))

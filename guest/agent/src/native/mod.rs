@@ -17,7 +17,9 @@ mod credentials;
 mod devices;
 pub mod limits;
 mod rootfs;
+mod seccomp;
 mod sync;
+mod syscalls;
 mod terminal;
 
 use std::cell::RefCell;
@@ -27,7 +29,7 @@ use std::time::Duration;
 
 use crate::cgroup::Cgroup;
 use crate::io::Pollable;
-use crate::pb::grpc::{Process, Spec};
+use crate::pb::grpc::{LinuxSeccomp, Process, Spec};
 use crate::reaper::Reaper;
 use crate::runtime::{Launched, ProcessIo};
 use crate::status::{Code, Context, Result, Status};
@@ -56,7 +58,7 @@ pub fn supports(spec: &Spec) -> bool {
     let linux = spec.linux.as_ref();
     let no_user_namespace =
         linux.is_none_or(|linux| !linux.namespaces.iter().any(|ns| ns.r#type == "user"));
-    hooks && no_user_namespace && linux.is_none_or(|linux| linux.seccomp.is_none())
+    hooks && no_user_namespace
 }
 
 /// Makes the container, stopped before its program.
@@ -88,6 +90,7 @@ pub async fn start(waiting: &Waiting) -> Result<()> {
 pub async fn exec(
     reaper: &Reaper,
     process: &Process,
+    seccomp: Option<&LinuxSeccomp>,
     init_pid: i32,
     cgroup: &Cgroup,
     io: ProcessIo,
@@ -95,7 +98,7 @@ pub async fn exec(
     let target = clone::open_pidfd(init_pid)
         .context(|| "the container's init has ended; its namespaces can't be joined".to_owned())?;
     let directory = File::open(&cgroup.path).ok().map(OwnedFd::from);
-    let job = Job::Exec { process, target: target.as_fd() };
+    let job = Job::Exec { process, seccomp, target: target.as_fd() };
     let (launched, socket) = launch(reaper, job, io, directory, Some(init_pid)).await?;
     sync::tell(&socket).await.context(|| "telling the process to start".to_owned())?;
     let executed = within_deadline(sync::executed(&socket)).await;
