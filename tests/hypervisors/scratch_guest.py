@@ -16,7 +16,16 @@ KERNEL = GUEST / "vmlinux"
 INITRD = GUEST / "initrd.img"
 BUSYBOX = Path("/bin/busybox")
 QEMU = Path("/usr/bin/qemu-system-x86_64")
-VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
+# QEMU's own in C, and the Rust one where a distribution or `make` put it.
+VIRTIOFSDS = [
+    path
+    for path in (
+        Path("/usr/lib/qemu/virtiofsd"),
+        Path("/usr/libexec/virtiofsd"),
+        REPOSITORY / "build" / "bin" / "virtiofsd",
+    )
+    if path.exists()
+]
 VSOCK_DEVICE = REPOSITORY / "build" / "bin" / "vhost-device-vsock"
 
 INIT = rb"""#!/bin/busybox sh

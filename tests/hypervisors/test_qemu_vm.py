@@ -183,15 +183,14 @@ async def test_devices_vcpus_and_memory_come_and_go_while_it_runs(make_spec, rec
     assert kinds.count(VmEventKind.DEVICE_REMOVED) >= 2
 
 
+@pytest.mark.parametrize("virtiofsd", scratch_guest.VIRTIOFSDS, ids=str)
 async def test_death_of_a_helper_is_reported_and_the_machine_still_obeys(
-    make_spec, records, tmp_path
+    make_spec, records, tmp_path, virtiofsd
 ):
     share = tmp_path / "share"
     share.mkdir()
     (share / "hello").write_text("from the host\n")
-    fs = await start_virtiofsd(
-        scratch_guest.VIRTIOFSD, share, tmp_path / "fs.sock", record=records.append
-    )
+    fs = await start_virtiofsd(virtiofsd, share, tmp_path / "fs.sock", record=records.append)
     vsock = await start_vsock_device(
         scratch_guest.VSOCK_DEVICE, tmp_path / "vs.sock", tmp_path / "uds", record=records.append
     )
