@@ -69,6 +69,13 @@ def cgroup(fields: Mapping[str, str | int]) -> Outcome:
     return directory(fields)
 
 
+def network(fields: Mapping[str, str | int]) -> Outcome:
+    """Take the wiring of a pod's network back, if its namespace is still there."""
+    from netns.network import undo_recorded
+
+    return undo_recorded(fields)
+
+
 UNDO: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {
     "process": process,
     "mount": mount,
@@ -76,6 +83,7 @@ UNDO: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {
     "socket": socket,
     "file": file,
     "cgroup": cgroup,
+    "network": network,
 }
 """Kind -> undo. A package with resources of another kind adds its own before it takes the first."""
 

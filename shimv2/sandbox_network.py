@@ -1,0 +1,180 @@
+"""The pod's network through a sandbox's life: netns, hypervisors and agent meet here.
+
+    open ──> devices ──> (VMM launched) ──> vmm_started
+      └────> wire, while the guest boots ──> configure (agent reachable) ──> follow … ──> aclose
+
+A pod without a namespace of its own path has no interfaces, and then nothing here costs anything:
+`netns` is not even imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hypervisors.machine import GuestAddress, NetDevice
+from shimv2.errors import FailedPrecondition
+from shimv2.guest_network import interface, neighbours, net_device, routes
+
+if TYPE_CHECKING:
+    from agent_proto.client import AgentClient
+    from netns.model import Endpoint, Statistics
+    from netns.network import Attached, PodNetwork, UndoRecord
+    from shimv2.config import RuntimeConfig
+    from shimv2.journal import Entry, Journal
+
+Attach = Callable[[NetDevice], Awaitable[GuestAddress]]
+Tell = Callable[[str], None]
+
+
+def namespace_path(spec: dict[str, Any]) -> Path | None:
+    """Give the path of the pod's network namespace; None for a new one with nothing in it.
+
+    Raises:
+        FailedPrecondition: the spec asks for the host's network.
+    """
+    linux = spec.get("linux")
+    found = linux.get("namespaces") if isinstance(linux, dict) else None
+    for namespace in found if isinstance(found, list) else []:
+        if isinstance(namespace, dict) and namespace.get("type") == "network":
+            path = namespace.get("path")
+            return Path(path) if path else None
+    raise FailedPrecondition(
+        "the host's network was asked for (no network namespace in the spec): a virtual machine "
+        "cannot share it; run the pod without hostNetwork"
+    )
+
+
+class SandboxNetwork:
+    """One sandbox's network; made by `open`, ended by `aclose`."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.devices: tuple[NetDevice, ...] = ()
+        self._journal = journal
+        self._entry: Entry | None = None
+        self._pod: PodNetwork | None = None
+        self._vhost_fds: list[int] = []
+        self._has_vhost = False
+
+    @classmethod
+    async def open(
+        cls, path: Path | None, config: RuntimeConfig, journal: Journal, *, vcpus: int
+    ) -> SandboxNetwork:
+        """Look into the pod's namespace and make what the VMM must have at its launch.
+
+        Raises:
+            NetnsError: nothing is left then but what the journal knows.
+        """
+        made = cls(journal)
+        if path is None or config.runtime.disable_new_netns:
+            return made
+        from netns.model import Wiring
+        from netns.network import PodNetwork
+
+        queues = max(1, min(config.hypervisor.network_queues, vcpus))
+        made._has_vhost = not config.hypervisor.disable_vhost_net
+        wiring = Wiring(config.runtime.internetworking_model)
+        made._pod = await PodNetwork.open(path, made._record, wiring=wiring, queues=queues)
+        made.devices = tuple(made._device(each) for each in made._pod.attached)
+        return made
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what of the pod's network the guest does not get; for the log."""
+        return self._pod.notes if self._pod is not None else ()
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        return self._pod.layout.endpoints if self._pod is not None else ()
+
+    def statistics(self) -> tuple[Statistics, ...]:
+        """Count what went through each interface, without asking the guest."""
+        return self._pod.statistics() if self._pod is not None else ()
+
+    async def wire(self) -> None:
+        """Join the taps to the pod's links. Meant to run beside the boot; raises NetnsError."""
+        if self._pod is not None:
+            await self._pod.wire()
+
+    def vmm_started(self) -> None:
+        """Close our copies of the descriptors, so that the taps go when the VMM does."""
+        if self._pod is not None:
+            self._pod.close_taps()
+        while self._vhost_fds:
+            os.close(self._vhost_fds.pop())
+
+    async def configure(self, agent: AgentClient) -> None:
+        """Tell the guest its addresses, routes and neighbours; before CreateSandbox.
+
+        Raises:
+            AgentError: the agent refused one.
+        """
+        for endpoint in self.endpoints:
+            await agent.update_interface(interface(endpoint))
+        await self._configure_tables(agent)
+
+    async def follow(self, agent: AgentClient, attach: Attach, tell: Tell) -> None:
+        """Give the guest what comes to the pod's network later; runs until cancelled.
+
+        A change that can't be carried over is told, and the next one waited for.
+
+        Raises:
+            AgentError, HypervisorError: the guest or the VMM failed.
+        """
+        from netns.errors import NetnsError
+
+        pod = self._pod
+        while pod is not None:
+            await pod.wait_changed()
+            before = {endpoint.ifindex: endpoint for endpoint in self.endpoints}
+            try:
+                added = await pod.rescan()
+                await pod.wire()
+            except NetnsError as error:
+                tell(str(error))
+                continue
+            addresses: dict[int, str] = {}
+            for each in added:
+                where = await attach(self._device(each))
+                addresses[each.attachment.endpoint.ifindex] = where.pci_path
+            self.vmm_started()
+            for endpoint in self.endpoints:
+                if before.get(endpoint.ifindex) != endpoint:
+                    pci_path = addresses.get(endpoint.ifindex, "")
+                    await agent.update_interface(interface(endpoint, pci_path))
+            await self._configure_tables(agent)
+
+    async def aclose(self) -> list[str]:
+        """Undo the wiring; return what could not be undone, which the journal then keeps.
+
+        Call it when the VMM is dead; within `netns.network.UNDO_S`. Idempotent.
+        """
+        problems = await self._pod.aclose() if self._pod is not None else []
+        self.vmm_started()
+        if self._entry is not None and not problems:
+            self._journal.release(self._entry)
+            self._entry = None
+        return problems
+
+    async def _configure_tables(self, agent: AgentClient) -> None:
+        if not self.endpoints:
+            return
+        await agent.update_routes(routes(self.endpoints))
+        if fixed := neighbours(self.endpoints):
+            await agent.add_arp_neighbors(fixed)
+
+    def _device(self, attached: Attached) -> NetDevice:
+        from netns.tap import open_vhost_net
+
+        vhost = open_vhost_net(len(attached.fds)) if self._has_vhost else ()
+        self._vhost_fds += vhost
+        return net_device(attached, vhost)
+
+    def _record(self, record: UndoRecord) -> None:
+        # The new one holds all steps of the old one.
+        old = self._entry
+        self._entry = self._journal.take("network", **record._asdict())
+        if old is not None:
+            self._journal.release(old)

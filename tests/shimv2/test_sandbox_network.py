@@ -1,0 +1,184 @@
+"""A sandbox's network: real namespaces and taps, an agent and a VMM that only listen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hypervisors.machine import GuestAddress, NetDevice
+from netns.errors import HostNamespace
+from shimv2.config import RuntimeConfig
+from shimv2.errors import FailedPrecondition
+from shimv2.journal import Journal, read, replay
+from shimv2.sandbox_network import SandboxNetwork, namespace_path
+from tests.netns.pod import NEEDS_TAPS, OUTSIDE, POD, ROUTES, Holder
+
+CONFIG = RuntimeConfig()
+
+
+@pytest.fixture
+def holder():
+    """An empty network namespace."""
+    made = Holder()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def outside():
+    """What the pod's veth leads to."""
+    made = Holder()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pod(holder, outside):
+    """A pod with one veth."""
+    holder.run(POD.format(outside=outside.pid))
+    outside.run(OUTSIDE)
+    return holder
+
+
+class Listener:
+    """Takes the agent's calls of a network's."""
+
+    def __init__(self) -> None:
+        self.interfaces: list[Any] = []
+        self.routes: list[Any] = []
+        self.neighbours: list[Any] = []
+        self.told = trio.Event()
+
+    async def update_interface(self, message: Any) -> Any:
+        self.interfaces.append(message)
+        return message
+
+    async def update_routes(self, messages: Any) -> None:
+        self.routes = list(messages)
+        self.told.set()
+
+    async def add_arp_neighbors(self, messages: Any) -> None:
+        self.neighbours = list(messages)
+
+
+def journal_in(directory: Path) -> Journal:
+    return Journal.open(str(directory / "journal"), namespace="n", sandbox_id="s")
+
+
+def kinds(book: Journal) -> list[str]:
+    return [entry.kind for entry in book.held]
+
+
+def test_path_of_the_namespace_is_the_spec_s():
+    spec = {"linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/n"}]}}
+    assert namespace_path(spec) == Path("/run/n")
+    assert namespace_path({"linux": {"namespaces": [{"type": "network"}]}}) is None
+
+
+@pytest.mark.parametrize("spec", [{}, {"linux": {"namespaces": [{"type": "pid"}]}}])
+def test_host_network_is_refused_with_a_way_out(spec):
+    with pytest.raises(FailedPrecondition, match="without hostNetwork"):
+        namespace_path(spec)
+
+
+async def test_pod_without_a_namespace_has_no_devices_and_takes_nothing(tmp_path):
+    book = journal_in(tmp_path)
+    network = await SandboxNetwork.open(None, CONFIG, book, vcpus=1)
+    agent: Any = Listener()
+    await network.wire()
+    await network.configure(agent)
+    assert (network.devices, agent.interfaces, kinds(book)) == ((), [], [])
+    assert await network.aclose() == []
+    book.close()
+
+
+async def test_host_s_namespace_is_refused_before_anything_is_taken(tmp_path):
+    book = journal_in(tmp_path)
+    with pytest.raises(HostNamespace):
+        await SandboxNetwork.open(Path("/proc/self/ns/net"), CONFIG, book, vcpus=1)
+    assert kinds(book) == []
+    book.close()
+
+
+class TestWired:
+    pytestmark = NEEDS_TAPS
+
+    async def test_guest_is_told_everything_and_the_journal_is_empty_after(
+        self, tmp_path, pod, outside
+    ):
+        pod.run(ROUTES)
+        before = pod.everything()
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=2)
+        assert kinds(book) == []
+        (device,) = network.devices
+        assert (device.mac, device.mtu) == ("02:00:00:00:00:07", 1450)
+        await network.wire()
+        assert kinds(book) == ["network"]
+        network.vmm_started()
+        agent: Any = Listener()
+        await network.configure(agent)
+        assert [message.name for message in agent.interfaces] == ["eth0"]
+        assert len(agent.routes) == 4
+        assert len(agent.neighbours) == 1
+        assert await network.aclose() == []
+        assert kinds(book) == []
+        assert pod.everything() == before
+        book.close()
+
+    async def test_killed_shim_s_journal_undoes_the_wiring(self, tmp_path, pod, outside):
+        before = pod.everything()
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        await network.wire()
+        network.vmm_started()
+        assert [entry.kind for entry in read(book.path)[1]] == ["network"]
+        assert replay(book.path) == []
+        assert replay(book.path) == []
+        assert pod.everything() == before
+        await network.aclose()
+        book.close()
+
+    async def test_interface_that_arrives_later_is_attached_and_configured(
+        self, tmp_path, holder, outside
+    ):
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
+        await network.wire()
+        agent: Any = Listener()
+        attached: list[NetDevice] = []
+
+        async def attach(device: NetDevice) -> GuestAddress:
+            attached.append(device)
+            return GuestAddress(pci_path="10/00")
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(network.follow, agent, attach, pytest.fail)
+                await trio.testing.wait_all_tasks_blocked()
+                holder.run(POD.format(outside=outside.pid))
+                outside.run(OUTSIDE)
+                await agent.told.wait()
+                nursery.cancel_scope.cancel()
+        assert [device.mac for device in attached] == ["02:00:00:00:00:07"]
+        assert agent.interfaces[0].devicePath == "10/00"
+        assert await network.aclose() == []
+        assert kinds(book) == []
+        book.close()
+
+    async def test_macvtap_is_in_the_journal_before_it_is_made(self, tmp_path, pod, outside):
+        before = pod.everything()
+        runtime = replace(CONFIG.runtime, internetworking_model="macvtap")
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(
+            pod.path, replace(CONFIG, runtime=runtime), book, vcpus=1
+        )
+        assert kinds(book) == ["network"]
+        assert await network.aclose() == []
+        assert pod.everything() == before
+        book.close()
