@@ -107,7 +107,9 @@ def _manifest(inputs: Inputs, elf: bytes, initrd: bytes) -> dict[str, Any]:
 
 
 def _agent_version(agent: Path) -> str:
-    done = subprocess.run([str(agent), "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [agent.resolve(), "--version"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 

@@ -56,7 +56,8 @@ def test_modules_are_listed_after_what_they_depend_on(package: kernel.KernelPack
         ("pvpanic_pci", "pvpanic"),
         ("virtio_net", "net_failover"),
     ):
-        assert order.index(dependency) < order.index(module)
+        if dependency in order:  # a kernel may have it built in
+            assert order.index(dependency) < order.index(module)
 
 
 def test_initrd_holds_agent_runtime_and_every_listed_module(
