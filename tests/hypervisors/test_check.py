@@ -230,7 +230,7 @@ def test_virtiofsd_flavours_are_told_apart_and_get_their_own_arguments(tmp_path)
     c, rust = tmp_path / "c", tmp_path / "rust"
     c.write_bytes(bytes(1 << 20))
     # The mark lies across two read chunks.
-    rust.write_bytes(bytes((1 << 18) - 3) + b"/rustc/abc" + bytes(9))
+    rust.write_bytes(bytes((1 << 18) - 3) + b"RUST_BACKTRACE" + bytes(9))
     assert flavour_of(c) == "c"
     assert flavour_of(rust) == "rust"
     assert virtiofsd_argv(rust, Path("/s"), "rust", cache="never", xattr=True)[1:] == [
