@@ -30,8 +30,8 @@ Flavour: TypeAlias = Literal["c", "rust"]
 
 LISTEN_FD: Final = 3
 FIX: Final = "install qemu-system-common or virtiofsd, or correct the virtiofsd path"
-# Every Rust program's standard library reads this variable. (Paths of its source are no mark: Debian
-# maps them. Observed: virtiofsd 1.13.2 of Debian 13.)
+# Every Rust program's standard library reads this variable. Paths of its source are no mark,
+# because Debian maps them. Observed: virtiofsd 1.13.2 of Debian 13.
 RUST_MARK: Final = b"RUST_BACKTRACE"
 SCAN_CHUNK_BYTES: Final = 1 << 18
 
