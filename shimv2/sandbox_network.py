@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent_proto.errors import AgentError
+from hypervisors.errors import HypervisorError
 from hypervisors.machine import GuestAddress, NetDevice
 from shimv2.errors import FailedPrecondition
 from shimv2.guest_network import interface, neighbours, net_device, routes
@@ -118,33 +120,35 @@ class SandboxNetwork:
     async def follow(self, agent: AgentClient, attach: Attach, tell: Tell) -> None:
         """Give the guest what comes to the pod's network later; runs until cancelled.
 
-        A change that can't be carried over is told, and the next one waited for.
-
-        Raises:
-            AgentError, HypervisorError: the guest or the VMM failed.
+        A change that can't be carried over is told, and the next one waited for: the pod lives on.
         """
         from netns.errors import NetnsError
 
-        pod = self._pod
-        while pod is not None:
-            await pod.wait_changed()
-            before = {endpoint.ifindex: endpoint for endpoint in self.endpoints}
+        while self._pod is not None:
+            await self._pod.wait_changed()
             try:
-                added = await pod.rescan()
-                await pod.wire()
-            except NetnsError as error:
-                tell(str(error))
-                continue
-            addresses: dict[int, str] = {}
+                await self._carry_over(self._pod, agent, attach)
+            except (NetnsError, HypervisorError, AgentError) as error:
+                tell(f"a change of the pod's network did not reach the guest: {error}")
+
+    async def _carry_over(self, pod: PodNetwork, agent: AgentClient, attach: Attach) -> None:
+        before = {endpoint.ifindex: endpoint for endpoint in self.endpoints}
+        added = await pod.rescan()
+        if tuple(before.values()) == self.endpoints:
+            return  # a carrier that came or went, say: the guest's routes need no replacing
+        pci_paths: dict[int, str] = {}
+        try:
+            await pod.wire()
             for each in added:
-                where = await attach(self._device(each))
-                addresses[each.attachment.endpoint.ifindex] = where.pci_path
+                address = await attach(self._device(each))
+                pci_paths[each.attachment.endpoint.ifindex] = address.pci_path
+        finally:
             self.vmm_started()
-            for endpoint in self.endpoints:
-                if before.get(endpoint.ifindex) != endpoint:
-                    pci_path = addresses.get(endpoint.ifindex, "")
-                    await agent.update_interface(interface(endpoint, pci_path))
-            await self._configure_tables(agent)
+        for endpoint in self.endpoints:
+            if before.get(endpoint.ifindex) != endpoint:
+                pci_path = pci_paths.get(endpoint.ifindex, "")
+                await agent.update_interface(interface(endpoint, pci_path))
+        await self._configure_tables(agent)
 
     async def aclose(self) -> list[str]:
         """Undo the wiring; return what could not be undone, which the journal then keeps.

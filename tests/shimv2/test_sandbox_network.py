@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from hypervisors.errors import HypervisorError
 from hypervisors.machine import GuestAddress, NetDevice
 from netns.errors import HostNamespace
 from shimv2.config import RuntimeConfig
@@ -169,6 +170,35 @@ class TestWired:
         assert agent.interfaces[0].devicePath == "10/00"
         assert await network.aclose() == []
         assert kinds(book) == []
+        book.close()
+
+    async def test_interface_that_the_vmm_refuses_is_told_and_the_next_change_followed(
+        self, tmp_path, holder, outside
+    ):
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
+        said: list[str] = []
+        refused = trio.Event()
+
+        def tell(text: str) -> None:
+            said.append(text)
+            refused.set()
+
+        async def attach(_: NetDevice) -> GuestAddress:
+            raise HypervisorError("all hot-plug ports are taken")
+
+        agent: Any = Listener()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(network.follow, agent, attach, tell)
+                await trio.testing.wait_all_tasks_blocked()
+                holder.run(POD.format(outside=outside.pid))
+                await refused.wait()
+                holder.run("ip addr add 10.9.0.3/24 dev eth0")
+                await agent.told.wait()
+                nursery.cancel_scope.cancel()
+        assert "hot-plug ports" in said[0]
+        assert await network.aclose() == []
         book.close()
 
     async def test_macvtap_is_in_the_journal_before_it_is_made(self, tmp_path, pod, outside):
