@@ -33,8 +33,10 @@ pub async fn find(storage: &Storage, timeout: Duration) -> Result<String> {
 /// A disk by its chain of PCI slots, such as `02/03`.
 pub async fn by_pci_path(path: &str, timeout: Duration) -> Result<String> {
     let slots = parse_pci_path(path)?;
-    let look = || node_below(&pci_device(&slots)?.join("block"))
-        .or_else(|| pci_device(&slots).and_then(|device| node_of_virtio(&device)));
+    let look = || {
+        node_below(&pci_device(&slots)?.join("block"))
+            .or_else(|| pci_device(&slots).and_then(|device| node_of_virtio(&device)))
+    };
     wait_for(&format!("a block device at PCI path {path}"), timeout, look).await
 }
 
@@ -48,7 +50,8 @@ pub async fn by_scsi_address(address: &str, timeout: Duration) -> Result<String>
     let suffix = format!(":0:{target}:{lun}");
     let look = || {
         let entries = fs::read_dir(SCSI_DEVICES).ok()?;
-        let entry = entries.flatten().find(|e| e.file_name().to_string_lossy().ends_with(&suffix))?;
+        let entry =
+            entries.flatten().find(|e| e.file_name().to_string_lossy().ends_with(&suffix))?;
         node_below(&entry.path().join("device/block"))
     };
     wait_for(&format!("a disk at SCSI address {address}"), timeout, look).await
@@ -56,9 +59,9 @@ pub async fn by_scsi_address(address: &str, timeout: Duration) -> Result<String>
 
 /// A disk by its node's name, which the host can know for some machines.
 pub async fn by_node(node: &str, timeout: Duration) -> Result<String> {
-    let plain = node.strip_prefix("/dev/").is_some_and(|name| {
-        name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-    });
+    let plain = node
+        .strip_prefix("/dev/")
+        .is_some_and(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-'));
     if !plain {
         return Err(Status::invalid(format!("{node:?} is not a device node")));
     }
@@ -83,9 +86,9 @@ pub fn parse_pci_path(path: &str) -> Result<Vec<(u8, u8)>> {
         Some((slot, function))
     };
     let steps: Option<Vec<_>> = path.split('/').map(step).collect();
-    steps.filter(|steps| steps.len() <= 8).ok_or_else(|| {
-        Status::invalid(format!("{path:?} is not a PCI path"))
-    })
+    steps
+        .filter(|steps| steps.len() <= 8)
+        .ok_or_else(|| Status::invalid(format!("{path:?} is not a PCI path")))
 }
 
 /// Directory in sysfs of the device at the end of the chain; every step but the last is a bridge.

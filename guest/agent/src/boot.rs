@@ -23,7 +23,12 @@ const MOUNTS: [(&str, &str, MsFlags, &str); 7] = [
     ("/proc", "proc", NO_EXEC, ""),
     ("/sys", "sysfs", NO_EXEC, ""),
     ("/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755"),
-    ("/dev/pts", "devpts", MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC), "ptmxmode=0666,gid=5,mode=620"),
+    (
+        "/dev/pts",
+        "devpts",
+        MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
+        "ptmxmode=0666,gid=5,mode=620",
+    ),
     ("/run", "tmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=0755"),
     ("/tmp", "tmpfs", MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV), "mode=1777"),
     (CGROUP_ROOT, "cgroup2", NO_EXEC, "nsdelegate"),
@@ -40,8 +45,7 @@ pub fn prepare_machine() -> Result<()> {
             .context(|| format!("mounting {fstype} on {target}"))?;
     }
     let _ = fs::create_dir_all("/dev/shm");
-    if let Err(error) =
-        mount(Some("tmpfs"), "/dev/shm", Some("tmpfs"), NO_EXEC, Some("mode=1777"))
+    if let Err(error) = mount(Some("tmpfs"), "/dev/shm", Some("tmpfs"), NO_EXEC, Some("mode=1777"))
     {
         warn!("mounting /dev/shm: {error}");
     }

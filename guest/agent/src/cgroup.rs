@@ -55,7 +55,8 @@ impl Cgroup {
             return Ok(());
         }
         let what = || format!("events of cgroup {}", self.path.display());
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context(what)?;
+        let inotify =
+            Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).context(what)?;
         inotify
             .add_watch(&self.path.join("cgroup.events"), AddWatchFlags::IN_MODIFY)
             .context(what)?;

@@ -76,8 +76,9 @@ impl Config {
         while let Some(arg) = args.next() {
             if arg == "--listen" {
                 let value = args.next().ok_or("--listen needs an address")?;
-                config.address = Address::parse(&value)
-                    .ok_or_else(|| format!("{value:?} is neither unix:PATH nor vsock://CID:PORT"))?;
+                config.address = Address::parse(&value).ok_or_else(|| {
+                    format!("{value:?} is neither unix:PATH nor vsock://CID:PORT")
+                })?;
             } else if let Some((key, value)) = arg.split_once('=') {
                 config.apply(key, value);
             } else {
@@ -113,10 +114,7 @@ mod tests {
     #[test]
     fn plain_process_needs_a_known_argument() {
         let args = |words: &[&str]| Config::from_args(words.iter().map(ToString::to_string));
-        assert_eq!(
-            args(&["--listen", "unix:/a/b"]).unwrap().address,
-            Address::Unix("/a/b".into())
-        );
+        assert_eq!(args(&["--listen", "unix:/a/b"]).unwrap().address, Address::Unix("/a/b".into()));
         assert!(args(&["--listen"]).is_err());
         assert!(args(&["--frob"]).is_err());
     }

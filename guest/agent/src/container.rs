@@ -48,7 +48,6 @@ impl Process {
         let mask = caught.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
         mask & (1 << (signal as u32 - 1)) != 0
     }
-
 }
 
 /// Who made the container, and so who must be asked about it.

@@ -116,7 +116,8 @@ fn partial(name: &OsStr) -> std::ffi::OsString {
 fn write_piece(request: &CopyFileRequest, parent: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
     let what = || format!("copying {}", request.path);
     let offset = u64::try_from(request.offset).context(|| format!("offset {}", request.offset))?;
-    let size = u64::try_from(request.file_size).context(|| format!("size {}", request.file_size))?;
+    let size =
+        u64::try_from(request.file_size).context(|| format!("size {}", request.file_size))?;
     let end = offset.saturating_add(request.data.len() as u64);
     if end > size {
         return Err(Status::invalid(format!("piece ends at {end} of a file of {size} bytes")));

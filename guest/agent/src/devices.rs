@@ -32,7 +32,9 @@ pub async fn resolve(devices: &[Device], spec: &mut Spec, timeout: Duration) -> 
 /// The node of a device, or none if it has no node of its own.
 async fn find(device: &Device, timeout: Duration) -> Result<Option<String>> {
     match device.r#type.as_str() {
-        "blk" if device.vm_path.is_empty() => block::by_pci_path(&device.id, timeout).await.map(Some),
+        "blk" if device.vm_path.is_empty() => {
+            block::by_pci_path(&device.id, timeout).await.map(Some)
+        }
         "scsi" if device.vm_path.is_empty() => {
             block::by_scsi_address(&device.id, timeout).await.map(Some)
         }
@@ -87,7 +89,8 @@ mod tests {
     #[test]
     fn listed_device_gets_the_number_of_the_guests_node() {
         let mut spec = Spec::default();
-        let listed = LinuxDevice { path: "/dev/x".into(), major: 8, minor: 7, ..LinuxDevice::default() };
+        let listed =
+            LinuxDevice { path: "/dev/x".into(), major: 8, minor: 7, ..LinuxDevice::default() };
         spec.linux.get_or_insert_default().devices.push(listed);
         for path in ["/dev/x", "/dev/y"] {
             let device = Device { container_path: path.into(), ..Device::default() };

@@ -48,8 +48,8 @@ fn walk(directory: &mut Dir, gid: Gid, depth: usize) -> Result<(), Status> {
             .context(what)?;
         let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
         if kind == SFlag::S_IFDIR {
-            let mut child =
-                Dir::openat(directory.as_fd(), name.as_c_str(), OPEN, Mode::empty()).context(what)?;
+            let mut child = Dir::openat(directory.as_fd(), name.as_c_str(), OPEN, Mode::empty())
+                .context(what)?;
             walk(&mut child, gid, depth - 1)?;
         }
         own(directory.as_fd(), &name, gid).context(what)?;

@@ -20,8 +20,7 @@ pub fn reserve(options: &[String]) -> Result<()> {
     if page_bytes < 1024 {
         return Err(Status::invalid(format!("pagesize {page:?}")));
     }
-    let file =
-        format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page_bytes / 1024);
+    let file = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page_bytes / 1024);
     let read = || -> Result<u64> {
         let text = fs::read_to_string(&file).context(|| format!("huge pages of {page}"))?;
         text.trim().parse().context(|| file.clone())

@@ -43,7 +43,8 @@ impl Pollable {
     pub async fn write(&self, data: &[u8]) -> io::Result<usize> {
         loop {
             let mut ready = self.0.writable().await?;
-            let attempt = ready.try_io(|fd| retry_interrupted(|| unistd::write(fd.get_ref(), data)));
+            let attempt =
+                ready.try_io(|fd| retry_interrupted(|| unistd::write(fd.get_ref(), data)));
             if let Ok(result) = attempt {
                 return result;
             }

@@ -69,9 +69,8 @@ struct BootTimes {
 }
 
 fn uptime_ms() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |time| {
-        time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000
-    });
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |time| time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000);
     u64::try_from(now).unwrap_or(0)
 }
 
@@ -97,9 +96,9 @@ fn main() -> ExitCode {
     };
     logging::set_level(&config.log_level);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let served = runtime.context(|| "event loop".to_owned()).and_then(|runtime| {
-        LocalSet::new().block_on(&runtime, serve(config, is_init, times))
-    });
+    let served = runtime
+        .context(|| "event loop".to_owned())
+        .and_then(|runtime| LocalSet::new().block_on(&runtime, serve(config, is_init, times)));
     if let Err(status) = served {
         error!("{status}");
     }
@@ -129,8 +128,8 @@ fn configure(is_init: bool, times: &mut BootTimes) -> std::result::Result<Config
 
 /// Serves for ever; returns only if it can't begin.
 async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()> {
-    let listener =
-        vsock::listen_on(&config.address).context(|| format!("listening on {:?}", config.address))?;
+    let listener = vsock::listen_on(&config.address)
+        .context(|| format!("listening on {:?}", config.address))?;
     times.listening = uptime_ms();
     if !is_init {
         nix::sys::prctl::set_child_subreaper(true).context(|| "subreaper".to_owned())?;

@@ -57,7 +57,16 @@ fn load_and_tasks(text: &mut Text) {
 
 fn processors(text: &mut Text) {
     const MODES: [&str; 10] = [
-        "user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal", "guest", "guest_nice",
+        "user",
+        "nice",
+        "system",
+        "idle",
+        "iowait",
+        "irq",
+        "softirq",
+        "steal",
+        "guest",
+        "guest_nice",
     ];
     text.family("kata_guest_cpu_time", "Processor time in ticks.");
     for line in read("/proc/stat").lines().filter(|line| line.starts_with("cpu")) {
@@ -89,8 +98,16 @@ fn key_values(text: &mut Text, family: &str, help: &str, lines: &str) {
 
 fn disks(text: &mut Text) {
     const ITEMS: [&str; 11] = [
-        "reads", "reads_merged", "sectors_read", "time_reading", "writes", "writes_merged",
-        "sectors_written", "time_writing", "in_progress", "time_in_progress",
+        "reads",
+        "reads_merged",
+        "sectors_read",
+        "time_reading",
+        "writes",
+        "writes_merged",
+        "sectors_written",
+        "time_writing",
+        "in_progress",
+        "time_in_progress",
         "weighted_time_in_progress",
     ];
     text.family("kata_guest_diskstat", "Disks of the guest.");

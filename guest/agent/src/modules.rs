@@ -58,10 +58,12 @@ struct Entry<'a> {
 }
 
 fn entries(list: &str) -> impl Iterator<Item = Entry<'_>> {
-    list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(|line| {
-        let (path, parameters) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
-        Entry { path, parameters: parameters.trim() }
-    })
+    list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(
+        |line| {
+            let (path, parameters) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+            Entry { path, parameters: parameters.trim() }
+        },
+    )
 }
 
 /// A module's name as the kernel writes it.

@@ -89,7 +89,11 @@ impl Network {
 
     pub fn addresses(&mut self) -> Result<Vec<Address>> {
         let messages = self.0.dump(libc::RTM_GETADDR, &Body::new(&[0; ADDRESS_HEADER]));
-        Ok(messages.context(|| "listing addresses".to_owned())?.iter().filter_map(address).collect())
+        Ok(messages
+            .context(|| "listing addresses".to_owned())?
+            .iter()
+            .filter_map(address)
+            .collect())
     }
 
     pub fn add_address(&mut self, address: &Address) -> Result<()> {
@@ -118,9 +122,9 @@ impl Network {
 
     pub fn add_route(&mut self, route: &types::Route) -> Result<()> {
         let body = self.route_body(route)?;
-        self.0
-            .change(libc::RTM_NEWROUTE, NEW, &body)
-            .context(|| format!("route {} via {:?} dev {}", route.dest, route.gateway, route.device))
+        self.0.change(libc::RTM_NEWROUTE, NEW, &body).context(|| {
+            format!("route {} via {:?} dev {}", route.dest, route.gateway, route.device)
+        })
     }
 
     pub fn delete_route(&mut self, route: &types::Route) -> Result<()> {
@@ -211,7 +215,8 @@ fn link(message: &Message) -> Link {
 
 fn address(message: &Message) -> Option<Address> {
     let attributes = message.attributes(ADDRESS_HEADER);
-    let value = |wanted| attributes.iter().find(|(kind, _)| *kind == wanted).map(|(_, value)| *value);
+    let value =
+        |wanted| attributes.iter().find(|(kind, _)| *kind == wanted).map(|(_, value)| *value);
     // On a point-to-point link the local address is the second one.
     let ip = ip_from(value(IFA_LOCAL).or_else(|| value(IFA_ADDRESS))?)?;
     Some(Address { link: word(&message.body, 4), ip, prefix: *message.body.get(1)? })
@@ -299,9 +304,7 @@ fn parse_hardware_address(text: &str) -> Result<Option<Vec<u8>>> {
     }
     let bytes: Option<Vec<u8>> =
         text.split(':').map(|part| u8::from_str_radix(part, 16).ok()).collect();
-    bytes
-        .map(Some)
-        .ok_or_else(|| Status::invalid(format!("{text:?} is not a hardware address")))
+    bytes.map(Some).ok_or_else(|| Status::invalid(format!("{text:?} is not a hardware address")))
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::container::{Container, Engine, Process, check_id};
 use crate::pb::grpc;
-use crate::rpc_process::refuse_raw_ports;
 use crate::reaper::Exit;
+use crate::rpc_process::refuse_raw_ports;
 use crate::status::{Code, Context, Result, Status};
 use crate::stdio::Stdio;
 use crate::{devices, info, native, spec, spec_json};
@@ -110,9 +110,8 @@ impl Agent {
         let config = bundle.join("config.json");
         fs::write(&config, spec_json::config(spec))
             .context(|| format!("writing {}", config.display()))?;
-        let (process, io) = self
-            .launch(terminal, async |io| self.runtime.create(id, bundle, io).await)
-            .await?;
+        let (process, io) =
+            self.launch(terminal, async |io| self.runtime.create(id, bundle, io).await).await?;
         Ok((Engine::Crun, process, io))
     }
 

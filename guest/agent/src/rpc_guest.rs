@@ -112,7 +112,8 @@ impl Agent {
         unsafe { add_entropy(device.as_raw_fd(), &raw const entropy) }
             .context(|| "adding entropy".to_owned())?;
         // SAFETY: RNDRESEEDCRNG takes no argument.
-        let result = unsafe { libc::ioctl(device.as_raw_fd(), nix::request_code_none!(b'R', 0x07)) };
+        let result =
+            unsafe { libc::ioctl(device.as_raw_fd(), nix::request_code_none!(b'R', 0x07)) };
         nix::errno::Errno::result(result).context(|| "reseeding".to_owned())?;
         Ok(())
     }
@@ -129,7 +130,8 @@ impl Agent {
     }
 
     pub async fn add_swap(&self, request: grpc::AddSwapRequest) -> Result<()> {
-        let slots: Vec<String> = request.pci_path.iter().map(|slot| format!("{slot:02x}")).collect();
+        let slots: Vec<String> =
+            request.pci_path.iter().map(|slot| format!("{slot:02x}")).collect();
         let node = block::by_pci_path(&slots.join("/"), self.config.hotplug_timeout).await?;
         swap_on(&node)
     }

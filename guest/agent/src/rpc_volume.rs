@@ -62,7 +62,8 @@ impl Agent {
         if !Path::new(tool).exists() {
             return Err(Status::unimplemented("ResizeVolume: resize2fs is not in the guest image"));
         }
-        let mounts = std::fs::read_to_string("/proc/self/mounts").context(|| "mounts".to_owned())?;
+        let mounts =
+            std::fs::read_to_string("/proc/self/mounts").context(|| "mounts".to_owned())?;
         let wanted = path.to_string_lossy();
         let device = mounts.lines().rev().find_map(|line| {
             let mut fields = line.split(' ');

@@ -168,7 +168,8 @@ fn set_stdio(command: &mut Command, io: ProcessIo) {
 
 /// crun's log has a time stamp before each message; the last line is the error.
 fn last_message(log: &str) -> String {
-    let line = log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it gave no reason");
+    let line =
+        log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it gave no reason");
     match line.split_once("Z: ") {
         Some((_, message)) => message.to_owned(),
         None => line.to_owned(),
@@ -192,8 +193,7 @@ fn receive_descriptor(socket: RawFd) -> nix::Result<OwnedFd> {
     let mut name = [0; 256];
     let mut parts = [std::io::IoSliceMut::new(&mut name)];
     let mut space = cmsg_space!([RawFd; 1]);
-    let message =
-        recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = part
             && let Some(fd) = fds.first()

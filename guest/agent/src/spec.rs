@@ -30,7 +30,8 @@ pub fn adapt(
     for mount in &spec.mounts {
         check_mount(mount)?;
     }
-    let process = spec.process.as_ref().ok_or_else(|| Status::invalid("the spec has no process"))?;
+    let process =
+        spec.process.as_ref().ok_or_else(|| Status::invalid("the spec has no process"))?;
     if process.args.is_empty() {
         return Err(Status::invalid("the process has no arguments"));
     }
@@ -51,11 +52,7 @@ pub fn adapt(
 
 /// The guest's network is the pod's; IPC and UTS are the sandbox's; pids are the container's own
 /// or those of the sandbox's first container.
-fn adapt_namespaces(
-    namespaces: &mut Vec<LinuxNamespace>,
-    sandbox: &Sandbox,
-    sandbox_pidns: bool,
-) {
+fn adapt_namespaces(namespaces: &mut Vec<LinuxNamespace>, sandbox: &Sandbox, sandbox_pidns: bool) {
     namespaces.retain(|namespace| matches!(namespace.r#type.as_str(), "cgroup" | "user" | "mount"));
     for namespace in namespaces.iter_mut() {
         namespace.path.clear();
@@ -121,7 +118,8 @@ fn check_mount(mount: &Mount) -> Result<()> {
     }
     let Ok(below) = destination.strip_prefix("/proc") else { return Ok(()) };
     let whole = below.as_os_str().is_empty();
-    let is_bind = mount.r#type == "bind" || mount.options.iter().any(|o| o == "bind" || o == "rbind");
+    let is_bind =
+        mount.r#type == "bind" || mount.options.iter().any(|o| o == "bind" || o == "rbind");
     let source_is_proc = mount.source.starts_with("/proc");
     if whole && (!is_bind || source_is_proc) {
         return Ok(());

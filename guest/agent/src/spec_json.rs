@@ -70,11 +70,17 @@ pub fn process(process: &grpc::Process) -> String {
             .strings_if("ambient", &sets.ambient);
         out.raw("capabilities", &object.finish());
     }
-    out.raw("rlimits", &each(&process.rlimits, |limit| {
-        let mut object = Object::new();
-        object.string("type", &limit.r#type).integer("hard", limit.hard).integer("soft", limit.soft);
-        object.finish()
-    }));
+    out.raw(
+        "rlimits",
+        &each(&process.rlimits, |limit| {
+            let mut object = Object::new();
+            object
+                .string("type", &limit.r#type)
+                .integer("hard", limit.hard)
+                .integer("soft", limit.soft);
+            object.finish()
+        }),
+    );
     out.boolean("noNewPrivileges", process.no_new_privileges);
     out.integer_if("oomScoreAdj", process.oom_score_adj);
     out.finish()
@@ -134,11 +140,14 @@ fn linux(linux: &grpc::Linux) -> String {
         out.raw("resources", &self::resources(resources));
     }
     out.string_if("cgroupsPath", &linux.cgroups_path);
-    out.raw("namespaces", &each(&linux.namespaces, |namespace| {
-        let mut out = Object::new();
-        out.string("type", &namespace.r#type).string_if("path", &namespace.path);
-        out.finish()
-    }));
+    out.raw(
+        "namespaces",
+        &each(&linux.namespaces, |namespace| {
+            let mut out = Object::new();
+            out.string("type", &namespace.r#type).string_if("path", &namespace.path);
+            out.finish()
+        }),
+    );
     if !linux.devices.is_empty() {
         out.raw("devices", &each(&linux.devices, device));
     }
@@ -194,11 +203,14 @@ fn resources(resources: &grpc::LinuxResources) -> String {
         out.raw("pids", &object.finish());
     }
     if !resources.hugepage_limits.is_empty() {
-        out.raw("hugepageLimits", &each(&resources.hugepage_limits, |limit| {
-            let mut out = Object::new();
-            out.string("pageSize", &limit.pagesize).integer("limit", limit.limit);
-            out.finish()
-        }));
+        out.raw(
+            "hugepageLimits",
+            &each(&resources.hugepage_limits, |limit| {
+                let mut out = Object::new();
+                out.string("pageSize", &limit.pagesize).integer("limit", limit.limit);
+                out.finish()
+            }),
+        );
     }
     out.finish()
 }
@@ -223,23 +235,29 @@ fn seccomp(seccomp: &grpc::LinuxSeccomp) -> String {
     out.string("defaultAction", &seccomp.default_action)
         .strings_if("architectures", &seccomp.architectures)
         .strings_if("flags", &seccomp.flags);
-    out.raw("syscalls", &each(&seccomp.syscalls, |rule| {
-        let mut out = Object::new();
-        out.strings_if("names", &rule.names).string("action", &rule.action);
-        if let Some(grpc::linux_syscall::ErrnoRet::Errnoret(errno)) = rule.errno_ret {
-            out.integer("errnoRet", errno);
-        }
-        if !rule.args.is_empty() {
-            out.raw("args", &each(&rule.args, |arg| {
-                let mut out = Object::new();
-                out.integer("index", arg.index)
-                    .integer("value", arg.value)
-                    .integer("valueTwo", arg.value_two)
-                    .string("op", &arg.op);
-                out.finish()
-            }));
-        }
-        out.finish()
-    }));
+    out.raw(
+        "syscalls",
+        &each(&seccomp.syscalls, |rule| {
+            let mut out = Object::new();
+            out.strings_if("names", &rule.names).string("action", &rule.action);
+            if let Some(grpc::linux_syscall::ErrnoRet::Errnoret(errno)) = rule.errno_ret {
+                out.integer("errnoRet", errno);
+            }
+            if !rule.args.is_empty() {
+                out.raw(
+                    "args",
+                    &each(&rule.args, |arg| {
+                        let mut out = Object::new();
+                        out.integer("index", arg.index)
+                            .integer("value", arg.value)
+                            .integer("valueTwo", arg.value_two)
+                            .string("op", &arg.op);
+                        out.finish()
+                    }),
+                );
+            }
+            out.finish()
+        }),
+    );
     out.finish()
 }

@@ -148,8 +148,7 @@ impl Stdio {
             .terminal
             .as_ref()
             .ok_or_else(|| Status::new(Code::Unavailable, "the process has no tty"))?;
-        let size =
-            libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: TIOCSWINSZ reads one winsize from the pointer, which is valid for the call.
         unsafe { tiocswinsz(terminal.as_raw_fd(), &raw const size) }
             .context(|| "resizing the tty".to_owned())?;
@@ -198,4 +197,3 @@ pub fn make_pipes(pipe_bytes: i32) -> Result<(Pipes, ProcessEnds)> {
     };
     make().context(|| "making the pipes of a process".to_owned())
 }
-

@@ -16,7 +16,15 @@ use crate::{block, fs_group, hugepages, mount_options, overlay, warn, watchable}
 
 /// Handlers that `GetGuestDetails` names. Source: kata agent protocol, storage drivers.
 pub const HANDLERS: [&str; 10] = [
-    "bind", "blk", "ephemeral", "local", "mmioblk", "nvdimm", "overlayfs", "scsi", "virtio-fs",
+    "bind",
+    "blk",
+    "ephemeral",
+    "local",
+    "mmioblk",
+    "nvdimm",
+    "overlayfs",
+    "scsi",
+    "virtio-fs",
     "watchable-bind",
 ];
 
@@ -51,12 +59,8 @@ impl Agent {
     }
 
     async fn add_storage(&self, storage: &Storage) -> Result<Mounted> {
-        let mut mounted = Mounted {
-            users: 1,
-            for_sandbox: storage.shared,
-            is_mount: true,
-            watcher: None,
-        };
+        let mut mounted =
+            Mounted { users: 1, for_sandbox: storage.shared, is_mount: true, watcher: None };
         match storage.driver.as_str() {
             "virtio-fs" | "bind" | "nvdimm" => mount_storage(storage, &storage.source)?,
             "blk" | "scsi" | "mmioblk" => {
@@ -128,7 +132,8 @@ fn describe(storage: &Storage, status: &Status) -> String {
 /// Hosts choose mount points, but never over the agent's own machine.
 fn check_target(target: &str) -> Result<()> {
     let path = Path::new(target);
-    let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    let plain =
+        path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
     let allowed = ["/run/kata-containers", "/run/sandbox-storage", "/mnt"];
     if path.is_absolute() && plain && allowed.iter().any(|base| path.starts_with(base)) {
         return Ok(());

@@ -219,10 +219,7 @@ impl ReadBuffer {
         }
     }
 
-    async fn rest_of_frame(
-        &mut self,
-        socket: &Pollable,
-    ) -> io::Result<(Header, Option<Vec<u8>>)> {
+    async fn rest_of_frame(&mut self, socket: &Pollable) -> io::Result<(Header, Option<Vec<u8>>)> {
         self.fill_to(socket, HEADER_BYTES).await?;
         let mut head = [0; HEADER_BYTES];
         head.copy_from_slice(&self.bytes[..HEADER_BYTES]);

@@ -64,7 +64,9 @@ fn stream_socket(family: AddressFamily) -> nix::Result<OwnedFd> {
 /// Waits for the next connection.
 pub async fn accept(listener: &Pollable) -> io::Result<Pollable> {
     let accepted = listener
-        .when_readable(|fd| accept4(fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK))
+        .when_readable(|fd| {
+            accept4(fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
+        })
         .await?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
     Pollable::new(unsafe { OwnedFd::from_raw_fd(accepted) })

@@ -144,8 +144,7 @@ fn copy(source: &Path, target: &Path, last: &Tree, now: &Tree) -> io::Result<()>
     for relative in last.keys().filter(|path| !now.contains_key(*path)).rev() {
         let path = join(target, relative);
         let is_directory = fs::symlink_metadata(&path).is_ok_and(|status| status.is_dir());
-        let removed =
-            if is_directory { fs::remove_dir(&path) } else { fs::remove_file(&path) };
+        let removed = if is_directory { fs::remove_dir(&path) } else { fs::remove_file(&path) };
         if let Err(error) = removed
             && error.kind() != io::ErrorKind::NotFound
         {

@@ -149,9 +149,7 @@ fn set_oom_score(score: i64) -> Result<()> {
 }
 
 fn enter_new(spec: &Spec) -> Result<()> {
-    for (kind, flag) in
-        [("ipc", CloneFlags::CLONE_NEWIPC), ("uts", CloneFlags::CLONE_NEWUTS)]
-    {
+    for (kind, flag) in [("ipc", CloneFlags::CLONE_NEWIPC), ("uts", CloneFlags::CLONE_NEWUTS)] {
         if let Some(path) = namespace(spec, kind).filter(|path| !path.is_empty()) {
             let what = || format!("joining {kind} namespace {path}");
             let file = std::fs::File::open(path).context(what)?;

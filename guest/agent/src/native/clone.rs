@@ -40,11 +40,7 @@ pub fn clone_into(flags: CloneFlags, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
     // SAFETY: without CLONE_VM and a stack of its own this is fork: the child goes on with a copy of
     // this memory. The agent has one thread, so no lock can be held by a thread that is not copied.
     let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut arguments,
-            std::mem::size_of::<CloneArguments>(),
-        )
+        libc::syscall(libc::SYS_clone3, &raw mut arguments, std::mem::size_of::<CloneArguments>())
     };
     let pid = Errno::result(pid)?;
     i32::try_from(pid).map_err(io::Error::other)
@@ -52,10 +48,7 @@ pub fn clone_into(flags: CloneFlags, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
 
 /// Runs `make` so that its child is born in the pid namespace at `path`. The agent itself never
 /// changes its pid namespace; only the one for its children is changed and put back.
-pub fn in_namespace<T>(
-    path: Option<&str>,
-    make: impl FnOnce() -> io::Result<T>,
-) -> io::Result<T> {
+pub fn in_namespace<T>(path: Option<&str>, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let Some(path) = path else { return make() };
     let own = File::open("/proc/self/ns/pid")?;
     let wanted = File::open(path)?;

@@ -19,17 +19,66 @@ use crate::status::{Context, Result, Status};
 
 /// Source: linux/capability.h, by number.
 const CAPABILITIES: [&str; 41] = [
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID",
-    "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW",
-    "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT",
-    "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD",
-    "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
-    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
 ];
 /// Source: asm-generic/resource.h, by number.
 const LIMITS: [&str; 16] = [
-    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE", "MEMLOCK", "AS", "LOCKS",
-    "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
 ];
 /// Source: linux/capability.h, _LINUX_CAPABILITY_VERSION_3.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
@@ -50,8 +99,7 @@ impl<'a> Program<'a> {
         let text = |value: &String| {
             CString::new(value.as_str()).context(|| "a string of the process".to_owned())
         };
-        let mut environment: Vec<CString> =
-            process.env.iter().map(text).collect::<Result<_>>()?;
+        let mut environment: Vec<CString> = process.env.iter().map(text).collect::<Result<_>>()?;
         if !process.env.iter().any(|entry| entry.starts_with("HOME=")) {
             let home = format!("HOME={}", home(process.user.as_ref().map_or(0, |user| user.uid)));
             environment.push(text(&home)?);
@@ -94,12 +142,11 @@ impl<'a> Program<'a> {
 fn look_up(process: &Process, name: &str) -> Result<String> {
     let directory = if process.cwd.is_empty() { "/" } else { process.cwd.as_str() };
     if name.contains('/') {
-        let path = if name.starts_with('/') { name.to_owned() } else { format!("{directory}/{name}") };
+        let path =
+            if name.starts_with('/') { name.to_owned() } else { format!("{directory}/{name}") };
         return match check_program(&path) {
             Ok(()) => Ok(path),
-            Err(error) => {
-                Err(Status::not_found(format!("exec: {name:?}: {}", reason(error))))
-            }
+            Err(error) => Err(Status::not_found(format!("exec: {name:?}: {}", reason(error)))),
         };
     }
     let path = process.env.iter().rev().find_map(|entry| entry.strip_prefix("PATH="));
@@ -113,7 +160,11 @@ fn look_up(process: &Process, name: &str) -> Result<String> {
             Err(_) => {}
         }
     }
-    let why = if last == Errno::EACCES { "permission denied" } else { "executable file not found in $PATH" };
+    let why = if last == Errno::EACCES {
+        "permission denied"
+    } else {
+        "executable file not found in $PATH"
+    };
     Err(Status::not_found(format!("exec: {name:?}: {why}")))
 }
 
@@ -213,13 +264,16 @@ impl Masks {
         let low = |mask: u64| u32::try_from(mask & 0xffff_ffff).unwrap_or(0);
         let high = |mask: u64| u32::try_from(mask >> 32).unwrap_or(0);
         let data = [
-            low(self.effective), low(self.permitted), low(self.inheritable),
-            high(self.effective), high(self.permitted), high(self.inheritable),
+            low(self.effective),
+            low(self.permitted),
+            low(self.inheritable),
+            high(self.effective),
+            high(self.permitted),
+            high(self.inheritable),
         ];
         // SAFETY: capset reads a header of two words and two triples of words; both are valid for
         // the call. Source: capset(2), version 3.
-        let result =
-            unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) };
+        let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) };
         Errno::result(result).context(|| "setting capabilities".to_owned())?;
         for number in (0..64).filter(|number| self.ambient & (1 << number) != 0) {
             // SAFETY: PR_CAP_AMBIENT takes numbers.

@@ -116,7 +116,8 @@ mod tests {
     fn zero_says_nothing_and_minus_one_is_no_limit() {
         let mut resources = LinuxResources::default();
         resources.memory = Some(LinuxMemory { limit: 64, swap: 96, ..LinuxMemory::default() });
-        resources.cpu = Some(LinuxCpu { shares: 1024, quota: -1, period: 50_000, ..LinuxCpu::default() });
+        resources.cpu =
+            Some(LinuxCpu { shares: 1024, quota: -1, period: 50_000, ..LinuxCpu::default() });
         resources.pids = Some(crate::pb::grpc::LinuxPids { limit: -1 });
         let expected = [
             ("memory.swap.max", "32"),

@@ -173,4 +173,3 @@ pub async fn delete(cgroup: &Cgroup, init_pid: Option<i32>) -> Result<()> {
     }
     cgroup.remove().context(|| format!("removing {}", cgroup.path.display()))
 }
-

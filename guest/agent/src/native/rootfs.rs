@@ -10,7 +10,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{chdir, fchdir, pivot_root};
@@ -19,6 +19,9 @@ use super::devices;
 use crate::mount_options;
 use crate::pb::grpc::{Linux, Mount, Spec};
 use crate::status::{Context, Result, Status};
+
+/// As many links as the kernel follows in one path.
+const MAX_LINKS: usize = 40;
 
 /// Options that mean something to other runtimes and nothing to the kernel.
 const NOT_FOR_THE_KERNEL: [&str; 4] = ["tmpcopyup", "copy", "nocopy", "rro"];
@@ -31,11 +34,20 @@ pub fn enter(spec: &Spec) -> Result<()> {
     let propagation = propagation(&linux.rootfs_propagation);
     change("/", propagation | MsFlags::MS_REC).context(|| "propagation of /".to_owned())?;
     let what = || format!("root filesystem {}", root.path);
-    mount(Some(root.path.as_str()), root.path.as_str(), None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-        .context(what)?;
-    let directory =
-        nix::fcntl::open(root.path.as_str(), OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-            .context(what)?;
+    mount(
+        Some(root.path.as_str()),
+        root.path.as_str(),
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )
+    .context(what)?;
+    let directory = nix::fcntl::open(
+        root.path.as_str(),
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .context(what)?;
     let root_fd = directory.as_fd();
     for mount in &spec.mounts {
         mount_one(root_fd, mount).map_err(|status| {
@@ -92,27 +104,60 @@ pub fn open_in(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> nix::Result<O
 /// Opens a mount point, making what is missing of it.
 pub fn ensure(root: BorrowedFd<'_>, path: &Path, is_directory: bool) -> nix::Result<OwnedFd> {
     match open_in(root, path, OFlag::O_PATH) {
-        Err(Errno::ENOENT) => {}
-        other => return other,
+        Err(Errno::ENOENT) => make_place(root, &normal(path), is_directory, MAX_LINKS),
+        other => other,
     }
+}
+
+/// The path without `.` and `..`, as a root that can't be left has it.
+fn normal(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => {
+                plain.pop();
+            }
+            _ => {}
+        }
+    }
+    plain
+}
+
+fn make_place(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    is_directory: bool,
+    links_left: usize,
+) -> nix::Result<OwnedFd> {
     let mut walked = PathBuf::new();
     let mut parent = open_in(root, Path::new("."), OFlag::O_PATH)?;
-    let mut parts = path.components().filter(|part| matches!(part, Component::Normal(_))).peekable();
+    let mut parts = path.components().peekable();
     while let Some(part) = parts.next() {
         walked.push(part);
         let name = part.as_os_str();
-        parent = match open_in(root, &walked, OFlag::O_PATH) {
-            Err(Errno::ENOENT) if parts.peek().is_some() || is_directory => {
-                mkdirat(&parent, name, Mode::from_bits_truncate(0o755))?;
-                open_in(root, &walked, OFlag::O_PATH | OFlag::O_DIRECTORY)?
+        let as_directory = parts.peek().is_some() || is_directory;
+        let made = match open_in(root, &walked, OFlag::O_PATH) {
+            Err(Errno::ENOENT) if as_directory => {
+                mkdirat(&parent, name, Mode::from_bits_truncate(0o755))
             }
             Err(Errno::ENOENT) => {
-                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-                drop(openat(&parent, name, flags, Mode::from_bits_truncate(0o644))?);
-                open_in(root, &walked, OFlag::O_PATH)?
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+                openat(&parent, name, flags, Mode::from_bits_truncate(0o644)).map(drop)
             }
-            other => other?,
+            Err(error) => return Err(error),
+            Ok(_) => Ok(()),
         };
+        // Not found, and yet there: a link to something that is missing. That is made instead.
+        if made == Err(Errno::EEXIST) && links_left > 0 {
+            let link = readlinkat(&parent, name)?;
+            let base = walked.parent().unwrap_or(Path::new(""));
+            let rest: PathBuf = parts.collect();
+            let path = normal(&base.join(Path::new(&link)).join(rest));
+            return make_place(root, &path, is_directory, links_left - 1);
+        }
+        made?;
+        parent = open_in(root, &walked, OFlag::O_PATH)?;
     }
     Ok(parent)
 }
@@ -132,7 +177,8 @@ fn mount_one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<()> {
     let bind = is_bind(wanted);
     let destination = Path::new(&wanted.destination);
     let is_directory = if bind {
-        let source = fs::metadata(&wanted.source).context(|| format!("source {}", wanted.source))?;
+        let source =
+            fs::metadata(&wanted.source).context(|| format!("source {}", wanted.source))?;
         source.is_dir()
     } else {
         true
@@ -142,13 +188,25 @@ fn mount_one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<()> {
     let flags = options.flags.mount;
     if bind {
         let recursive = flags & MsFlags::MS_REC;
-        mount(Some(wanted.source.as_str()), target.as_str(), None::<&str>, MsFlags::MS_BIND | recursive, None::<&str>)
-            .context(|| format!("binding {}", wanted.source))?;
+        mount(
+            Some(wanted.source.as_str()),
+            target.as_str(),
+            None::<&str>,
+            MsFlags::MS_BIND | recursive,
+            None::<&str>,
+        )
+        .context(|| format!("binding {}", wanted.source))?;
     } else {
         let fstype = if wanted.r#type == "cgroup" { "cgroup2" } else { wanted.r#type.as_str() };
         let data = if fstype == "cgroup2" { "" } else { options.data.as_str() };
-        mount(Some(wanted.source.as_str()), target.as_str(), Some(fstype), flags - MsFlags::MS_REC, Some(data))
-            .context(|| format!("mounting {fstype}"))?;
+        mount(
+            Some(wanted.source.as_str()),
+            target.as_str(),
+            Some(fstype),
+            flags - MsFlags::MS_REC,
+            Some(data),
+        )
+        .context(|| format!("mounting {fstype}"))?;
     }
     // What was opened before is now below the mount.
     let top = open_in(root, destination, OFlag::O_PATH).context(|| "mount point".to_owned())?;
@@ -220,7 +278,8 @@ fn mask(root: BorrowedFd<'_>, path: &str) -> std::io::Result<()> {
     let target = by_descriptor(&place);
     let kind = fs::metadata(&target)?.file_type();
     if kind.is_dir() {
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        let flags =
+            MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("tmpfs"), target.as_str(), Some("tmpfs"), flags, Some("size=0,nr_inodes=2"))?;
     } else if kind.is_file() || kind.is_char_device() || kind.is_block_device() {
         mount(Some("/dev/null"), target.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>)?;

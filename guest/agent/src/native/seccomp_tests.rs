@@ -8,7 +8,11 @@ fn run(filter: &Filter, architecture: u32, number: u32, arguments: [u64; 6]) -> 
         ARCHITECTURE_OFFSET => architecture,
         _ => {
             let argument = arguments[((offset - ARGUMENTS_OFFSET) / 8) as usize];
-            if (offset - ARGUMENTS_OFFSET) % 8 == 0 { argument as u32 } else { (argument >> 32) as u32 }
+            if (offset - ARGUMENTS_OFFSET) % 8 == 0 {
+                argument as u32
+            } else {
+                (argument >> 32) as u32
+            }
         }
     };
     let (mut at, mut value) = (0, 0);
@@ -42,11 +46,8 @@ fn arg(index: u64, op: &str, value: u64, value_two: u64) -> LinuxSeccompArg {
 }
 
 fn filter(default: &str, syscalls: Vec<LinuxSyscall>) -> Filter {
-    let profile = LinuxSeccomp {
-        default_action: default.to_owned(),
-        syscalls,
-        ..LinuxSeccomp::default()
-    };
+    let profile =
+        LinuxSeccomp { default_action: default.to_owned(), syscalls, ..LinuxSeccomp::default() };
     Filter::compile(&profile).unwrap()
 }
 
@@ -102,8 +103,7 @@ fn every_operator_compares_all_64_bits() {
 #[test]
 fn masked_comparison_looks_at_the_masked_bits_only() {
     let masked = arg(0, "SCMP_CMP_MASKED_EQ", 0x7e02_0000, 0);
-    let filter =
-        filter("SCMP_ACT_ERRNO", vec![rule(&["clone"], "SCMP_ACT_ALLOW", vec![masked])]);
+    let filter = filter("SCMP_ACT_ERRNO", vec![rule(&["clone"], "SCMP_ACT_ALLOW", vec![masked])]);
     assert_eq!(run(&filter, ARCHITECTURE, 56, [0x11, 0, 0, 0, 0, 0]), ALLOW);
     assert_eq!(run(&filter, ARCHITECTURE, 56, [0x1000_0011, 0, 0, 0, 0, 0]), ERRNO | 1);
 }

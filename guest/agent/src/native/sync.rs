@@ -66,8 +66,7 @@ fn receive_now(socket: RawFd) -> nix::Result<(Vec<u8>, Option<OwnedFd>)> {
     let mut text = vec![0; MAX_TEXT_BYTES];
     let mut parts = [IoSliceMut::new(&mut text)];
     let mut space = cmsg_space!([RawFd; 1]);
-    let message =
-        recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let length = message.bytes;
     let mut fd = None;
     for part in message.cmsgs()? {

@@ -63,12 +63,8 @@ fn bind_console(slave: &OwnedFd) -> nix::Result<()> {
 
 fn resize(master: &OwnedFd, rows: u32, columns: u32) {
     let narrow = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
-    let size = libc::winsize {
-        ws_row: narrow(rows),
-        ws_col: narrow(columns),
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size =
+        libc::winsize { ws_row: narrow(rows), ws_col: narrow(columns), ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCSWINSZ reads one winsize from the pointer, which is valid for the call.
     unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
 }

@@ -1,0 +1,170 @@
+"""Containers and processes of the real agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from agent_proto.errors import AgentStatus
+from agent_proto.pb import agent_pb2, oci_pb2
+from tests.guest.agent_process import needs_agent, running_agent, spec
+from ttrpc import Code
+
+pytestmark = [needs_agent, pytest.mark.root]
+
+# What the kernel puts into a pipe by default, and a bit of the process's own.
+PIPE_BYTES = 64 * 1024
+
+
+async def test_container_prints_and_ends_with_its_status(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sh", "-c", "echo out; echo err >&2; exit 7")
+        assert await guest.output("c1") == b"out\n"
+        assert await guest.client.read_stderr("c1", "c1") == b"err\n"
+        assert await guest.client.wait_process("c1", "c1") == 7
+        await guest.client.remove_container("c1")
+        with pytest.raises(AgentStatus) as gone:
+            await guest.client.start_container("c1")
+        assert gone.value.code == Code.NOT_FOUND
+
+
+async def test_signal_ends_a_process_with_128_and_its_number(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sleep", "1000")
+        await guest.exec("c1", "e1", "sleep", "1000")
+        await guest.client.signal_process("c1", "e1", 2)
+        assert await guest.client.wait_process("c1", "e1") == 128 + 2
+        # A pid namespace's first process without a handler would not see SIGTERM.
+        await guest.client.signal_process("c1", "c1", 15)
+        assert await guest.client.wait_process("c1", "c1") == 128 + 9
+
+
+async def test_kill_of_everything_reaches_exec_processes(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sleep", "1000")
+        await guest.exec("c1", "e1", "sleep", "1000")
+        await guest.client.signal_process("c1", "", 9)
+        assert await guest.client.wait_process("c1", "e1") == 128 + 9
+        assert await guest.client.wait_process("c1", "c1") == 128 + 9
+        with pytest.raises(AgentStatus) as gone:
+            await guest.client.signal_process("c1", "", 9)
+        assert gone.value.code == Code.NOT_FOUND
+
+
+async def test_every_waiter_gets_the_same_status(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sh", "-c", "read x; exit 5")
+        statuses = []
+
+        async def wait() -> None:
+            statuses.append(await guest.client.wait_process("c1", "c1"))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(wait)
+            await guest.client.write_stdin("c1", "c1", b"go\n")
+        assert statuses == [5, 5, 5]
+
+
+async def test_missing_program_fails_at_once_and_says_so(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        with pytest.raises(AgentStatus, match=r"executable file not found in \$PATH"):
+            await guest.create("c1", ["no-such-program"])
+        await guest.start("c2", "sleep", "1000")
+        with pytest.raises(AgentStatus, match="no such file or directory"):
+            await guest.exec("c2", "e1", "/bin/missing")
+        with pytest.raises(AgentStatus) as unknown:
+            await guest.client.wait_process("c2", "e1")
+        assert unknown.value.code == Code.NOT_FOUND
+
+
+async def test_exec_id_can_be_used_again_after_its_end(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sleep", "1000")
+        for code in (1, 2):
+            await guest.exec("c1", "e", "sh", "-c", f"exit {code}")
+            assert await guest.client.wait_process("c1", "e") == code
+        await guest.exec("c1", "e", "sleep", "1000")
+        with pytest.raises(AgentStatus) as duplicate:
+            await guest.exec("c1", "e", "true")
+        assert duplicate.value.code == Code.ALREADY_EXISTS
+
+
+async def test_output_that_nobody_reads_stops_its_writer(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        script = "dd if=/dev/zero bs=1k count=256 2>/dev/null; echo done >/tmp/done"
+        await guest.start("c1", "sh", "-c", script)
+        first = await guest.client.read_stdout("c1", "c1", 1024)
+        await guest.exec("c1", "look", "cat", "/tmp/done")
+        assert await guest.output("c1", "look") == b""
+        assert len(first + await guest.output("c1")) == 256 * 1024
+        assert await guest.client.wait_process("c1", "c1") == 0
+
+
+async def test_output_ends_though_a_background_child_holds_it(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sleep", "1000")
+        await guest.exec("c1", "e1", "sh", "-c", "sleep 1000 & echo said")
+        assert await guest.output("c1", "e1") == b"said\n"
+        assert await guest.client.wait_process("c1", "e1") == 0
+
+
+async def test_input_reaches_the_process_and_ends(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "cat")
+        sent = bytes(range(256)) * 1024
+        received = []
+
+        async def read() -> None:
+            received.append(await guest.output("c1"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            rest = sent
+            while rest:
+                rest = rest[await guest.client.write_stdin("c1", "c1", rest[:PIPE_BYTES]) :]
+            await guest.client.close_stdin("c1", "c1")
+        assert received == [sent]
+
+
+async def test_terminal_has_the_size_it_was_given(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sh", "-c", "read x; stty size", terminal=True)
+        await guest.client.tty_win_resize("c1", "c1", 33, 99)
+        await guest.client.write_stdin("c1", "c1", b"go\n")
+        assert b"33 99" in await guest.output("c1")
+        await guest.start("c2", "sleep", "1000")
+        with pytest.raises(AgentStatus) as no_tty:
+            await guest.client.tty_win_resize("c2", "c2", 1, 1)
+        assert no_tty.value.code == Code.UNAVAILABLE
+
+
+async def test_paused_container_does_nothing_until_it_is_resumed(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        await guest.start("c1", "sh", "-c", "read x; echo after; exit 3")
+        await guest.client.pause_container("c1")
+        await guest.client.write_stdin("c1", "c1", b"go\n")
+        with trio.move_on_after(0.3) as waiting:
+            await guest.client.wait_process("c1", "c1")
+        assert waiting.cancelled_caught
+        await guest.client.resume_container("c1")
+        assert await guest.output("c1") == b"after\n"
+        assert await guest.client.wait_process("c1", "c1") == 3
+
+
+async def test_seccomp_profile_holds_for_init_and_exec(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        profile = oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ALLOW")
+        profile.Syscalls.add(Names=["mkdir", "mkdirat"], Action="SCMP_ACT_ERRNO")
+        made = spec(guest.rootfs, ["sh", "-c", "mkdir /tmp/a || echo refused; sleep 1000"])
+        (guest.rootfs / "bin/mkdir").symlink_to("busybox")
+        made.Linux.Seccomp.CopyFrom(profile)
+        await guest.client.create_container(
+            agent_pb2.CreateContainerRequest(container_id="c1", exec_id="c1", OCI=made)
+        )
+        await guest.client.start_container("c1")
+        assert await guest.client.read_stdout("c1", "c1") == b"refused\n"
+        await guest.exec("c1", "e1", "mkdir", "/tmp/b")
+        assert await guest.client.wait_process("c1", "e1") == 1
