@@ -1,7 +1,7 @@
 """Runs the real agent as a plain process, in namespaces of its own, and talks to it.
 
-The agent gets a private /run, pid, mount, network, UTS and IPC namespaces; only its cgroups (version
-2) are the machine's, and `running_agent` removes them.
+The agent gets a private /run, pid, mount, network, UTS and IPC namespaces; only its cgroups are the
+machine's, and `running_agent` removes them.
 """
 
 from __future__ import annotations
@@ -119,13 +119,17 @@ async def connect(path: Path) -> socket.socket:
                 return sock
 
 
+def _spawn(path: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([*_ENTER, str(AGENT), "--listen", f"unix:{path}"])
+
+
 @contextlib.asynccontextmanager
 async def running_agent(directory: Path) -> AsyncIterator[Guest]:
     """An agent with a sandbox; all of it is gone at the end."""
     path = directory / "agent.sock"
     rootfs = make_rootfs(directory / "rootfs")
     before = set(_CGROUPS.iterdir()) if _CGROUPS.exists() else set()
-    process = subprocess.Popen([*_ENTER, str(AGENT), "--listen", f"unix:{path}"])
+    process = _spawn(path)
     try:
         client = AgentClient(await connect(path))
         async with trio.open_nursery() as nursery:
@@ -147,7 +151,8 @@ async def _remove_cgroups(before: set[Path]) -> None:
         return
     with trio.fail_after(STEP_DEADLINE_S):
         for path in {entry for entry in _CGROUPS.iterdir() if entry.is_dir()} - before:
-            while "populated 1" in (path / "cgroup.events").read_text():
+            # The kernel's notification of this file would need inotify; the deadline bounds it.
+            while "populated 1" in (path / "cgroup.events").read_text():  # noqa: ASYNC110
                 await trio.sleep(0.01)
             path.rmdir()
     if not before:

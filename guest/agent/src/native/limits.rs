@@ -111,14 +111,18 @@ fn block_files(block: &LinuxBlockIo, set: &mut impl FnMut(&str, String)) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pb::grpc::LinuxPids;
 
     #[test]
     fn zero_says_nothing_and_minus_one_is_no_limit() {
-        let mut resources = LinuxResources::default();
-        resources.memory = Some(LinuxMemory { limit: 64, swap: 96, ..LinuxMemory::default() });
-        resources.cpu =
-            Some(LinuxCpu { shares: 1024, quota: -1, period: 50_000, ..LinuxCpu::default() });
-        resources.pids = Some(crate::pb::grpc::LinuxPids { limit: -1 });
+        let memory = LinuxMemory { limit: 64, swap: 96, ..LinuxMemory::default() };
+        let cpu = LinuxCpu { shares: 1024, quota: -1, period: 50_000, ..LinuxCpu::default() };
+        let resources = LinuxResources {
+            memory: Some(memory),
+            cpu: Some(cpu),
+            pids: Some(LinuxPids { limit: -1 }),
+            ..LinuxResources::default()
+        };
         let expected = [
             ("memory.swap.max", "32"),
             ("memory.max", "64"),

@@ -8,7 +8,7 @@ fn run(filter: &Filter, architecture: u32, number: u32, arguments: [u64; 6]) -> 
         ARCHITECTURE_OFFSET => architecture,
         _ => {
             let argument = arguments[((offset - ARGUMENTS_OFFSET) / 8) as usize];
-            if (offset - ARGUMENTS_OFFSET) % 8 == 0 {
+            if (offset - ARGUMENTS_OFFSET).is_multiple_of(8) {
                 argument as u32
             } else {
                 (argument >> 32) as u32
