@@ -115,12 +115,13 @@ class Container:
 
     async def create_in_guest(self, request: agent_pb2.CreateContainerRequest) -> None:
         """Make the container in the guest; its init waits for Start."""
-        await self._host.agent.create_container(request)
+        agent = self._host.agent
+        await agent.create_container(request)
         self.pid = self._host.reported_pid
         self.init.become(State.CREATED)
         if self._host.keeps_output:
             # From here on, so that a created init that is killed is seen to end.
-            self._host.start_job(self._watch, self.init)
+            self._host.start_job(self._watch, self.init, agent)
 
     # --- Start ---
 
@@ -141,21 +142,22 @@ class Container:
             raise
 
     async def _start_init(self, process: ContainerProcess) -> None:
-        host = self._host
+        host, agent = self._host, self._host.agent
         if process.plan.terminal and process.size is not None:
             with contextlib.suppress(AgentStatus):
-                await process.guest(host.agent).resize(*process.size)
-        relay = process.make_relay(host.agent)
-        await self._ask(host.agent.start_container(self.id))
+                await process.guest(agent).resize(*process.size)
+        relay = process.make_relay(agent)
+        await self._ask(agent.start_container(self.id))
+        self._still_starting(process)
         host.timeline.mark("started")
         host.events.started(self, process)
         self._now_running(process)
         host.start_job(self._relay, process, relay)
         if not host.keeps_output:
-            host.start_job(self._watch, process)
+            host.start_job(self._watch, process, agent)
 
     async def _start_exec(self, process: ContainerProcess) -> None:
-        host = self._host
+        host, agent = self._host, self._host.agent
         await self.open_stdio(process)
         message = guest_process_message(
             self._exec_processes[process.exec_id], terminal=process.plan.terminal
@@ -166,14 +168,20 @@ class Container:
         request = agent_pb2.ExecProcessRequest(
             container_id=self.id, exec_id=process.wire_id, process=message
         )
-        await self._ask(host.agent.exec_process(request))
+        await self._ask(agent.exec_process(request))
+        self._still_starting(process)
         host.events.started(self, process)
         self._now_running(process)
-        host.start_job(self._relay, process, process.make_relay(host.agent))
-        host.start_job(self._watch, process)
+        host.start_job(self._relay, process, process.make_relay(agent))
+        host.start_job(self._watch, process, agent)
         if process.plan.terminal and process.size is not None:
             with contextlib.suppress(AgentError):
-                await process.guest(host.agent).resize(*process.size)
+                await process.guest(agent).resize(*process.size)
+
+    def _still_starting(self, process: ContainerProcess) -> None:
+        # The VM may have died between the agent's answer and this line: its exit has been told.
+        if process.exit is not None:
+            raise Unavailable(process.exit.reason)
 
     def _now_running(self, process: ContainerProcess) -> None:
         # The exit of a short process may have come before the answer to its start.
@@ -200,12 +208,12 @@ class Container:
 
     # --- Exit ---
 
-    async def _watch(self, process: ContainerProcess) -> None:
+    async def _watch(self, process: ContainerProcess, agent: AgentClient) -> None:
         """Follow one process to its end, and make its one exit."""
         host = self._host
         if not host.keeps_output and process.relay is not None:
             await process.relay.outputs_ended.wait()
-        ended = await guest_exit(process, process.guest(host.agent), host.explain)
+        ended = await guest_exit(process, process.guest(agent), host.explain)
         while process.state is State.STARTING:
             # Start's handler publishes the start first.
             await process.wait_changed()
