@@ -82,7 +82,8 @@ async def test_child_starts_with_default_signals_limits_and_environment():
     child = await run(shell(script), rlimits=limits, env={"ONLY": "this"}, cwd="/usr")
     *lines, blocked, ignored = child.stderr_tail
     assert blocked.split() == ["SigBlk:", "0" * 16]
-    assert ignored.split() == ["SigIgn:", "0" * 16]
+    # GNU make leaves 32 and 33, which are the C library's own and beyond sigaction(2), ignored.
+    assert int(ignored.split()[1], 16) & ~(0b11 << 31) == 0
     assert lines[:2] == ["0", "99"]
     assert {"ONLY=this", "PWD=/usr"} <= set(lines[2:])
     assert not any(line.startswith(("HOME=", "USER=")) for line in lines)
