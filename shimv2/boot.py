@@ -110,6 +110,7 @@ class Machine:
         self._kernel_vsock: KernelVsockDescriptor | None = None
         self._scope = trio.CancelScope()
         self._is_closing = False
+        self._helper_loss = ""
         self.launched = trio.Event()
         self.vm: VirtualMachine | None = None
         self.agent: AgentClient | None = None
@@ -245,7 +246,9 @@ class Machine:
     ) -> None:
         ended = await helper.run(task_status=task_status)
         said = " | ".join(helper.stderr_tail[-3:])
-        await self._lost(f"{helper.name} {ended}" + (f": {said}" if said else ""))
+        # The agent's connection often breaks first, because its helper is gone: this is why.
+        self._helper_loss = f"{helper.name} {ended}" + (f": {said}" if said else "")
+        await self._lost(self._helper_loss)
 
     async def _supervise_vm(self, *, task_status: trio.TaskStatus[None]) -> None:
         vm = self.vm
@@ -275,7 +278,7 @@ class Machine:
                 await self.vm.wait_exited()
                 # Its own supervisor reports the end.
                 return
-        self._die(reason)
+        self._die(self._helper_loss or reason)
 
     def _die(self, reason: str) -> None:
         if self._is_closing or self.death is not None:
