@@ -16,7 +16,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Final
 
-from shimv2 import cleanup, lean_trio, mounts
+from shimv2 import cleanup, heap, lean_trio, mounts
 from shimv2.cleanup import state_dir_of
 from shimv2.logs import Log, LogSink, open_bundle_log
 
@@ -65,6 +65,7 @@ def run(invocation: ShimInvocation, listener: int, gate: int) -> int:
     log = Log(sink, {"sandbox_id": invocation.sandbox_id, "pid": os.getpid()})
     try:
         _settle(invocation, log)
+        heap.keep_chunks()
         load()
         if not os.read(gate, 1):
             return 0
