@@ -77,6 +77,7 @@ def test_exec_in_a_stopped_container_is_refused(ctr: Ctr) -> None:
     ctr.remove(container)
 
 
+@pytest.mark.timeout(900)
 def test_200_execs_in_a_row_leave_the_shim_as_it_was(ctr: Ctr) -> None:
     container = fresh_id("many")
     ctr.start(container, "sleep", "1000")

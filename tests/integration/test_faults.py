@@ -84,15 +84,39 @@ def test_killed_shim_is_cleaned_up_by_containerd(node: Node, ctr: Ctr, tasks: Ta
     ctr.remove(container)
 
 
-def test_shim_killed_while_the_vm_boots_leaves_nothing(node: Node, ctr: Ctr) -> None:
+@pytest.mark.parametrize("part", [VSOCK, VIRTIOFSD, VMM])
+def test_shim_killed_while_it_starts_its_parts_leaves_nothing(
+        node: Node, ctr: Ctr, part: str) -> None:
     container = fresh_id("booting")
     process = ctr.popen(container, "true", options=["--rm"], stderr=-1)
-    wait_for_part(node, VMM)
+    wait_for_part(node, part)
     shim, = find_shims(ctr)
     node.signal(shim.pid, "KILL")
     _, error = process.communicate(timeout=30)
     assert process.returncode != 0
     assert error
+    ctr.remove(container)
+
+
+def test_containerd_killed_while_a_vm_boots_can_remove_it_later(node: Node, ctr: Ctr) -> None:
+    container = fresh_id("midcreate")
+    process = ctr.popen(container, "sleep", "1000", options=["--rm"], stderr=-1)
+    wait_for_part(node, VMM)
+    node.containerd.restart()
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    ctr.remove(container)
+    node.run(["sh", "-c", "rm -rf /run/containerd/fifo/*"])  # the failed client's own
+
+
+def test_shim_told_to_end_takes_its_sandbox_with_it(node: Node, ctr: Ctr, tasks: Tasks) -> None:
+    container = fresh_id("terminated")
+    ctr.start(container, "sleep", "1000")
+    shim, = find_shims(ctr)
+    with EventLog(node) as events:
+        node.signal(shim.pid, "TERM")
+        exited = events.expect("/tasks/exit", container)
+        assert field_values(exited.event.value)[4] == 137
     ctr.remove(container)
 
 

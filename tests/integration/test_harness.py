@@ -33,7 +33,7 @@ def background(node: Node, *argv: str) -> Iterator[None]:
         assert process.stdout.readline()
         yield
         for found in node.processes():
-            if found.parent == 0 and found.comm in {"sleep", "python3"}:
+            if found.parent == 0 and found.comm == "python3":
                 node.signal(found.pid, "KILL")
         process.wait(5)
 
@@ -44,8 +44,8 @@ def listen(node: Node, name: str) -> contextlib.AbstractContextManager[object]:
 
 
 PLANTED: dict[str, tuple[str, Planter]] = {
-    "process": ("process: sleep", lambda node: background(
-        node, "sh", "-c", "echo; exec sleep 1000")),
+    "process": ("process: python3", lambda node: background(
+        node, "/usr/bin/python3", "-c", "print(1, flush=True); input()")),
     "mount": ("mount: /run/lock", lambda node: command(
         node, "mount -t tmpfs leaked /run/lock", "umount /run/lock")),
     "link": ("link: tap9", lambda node: command(
