@@ -1,4 +1,4 @@
-"""Looks at the parts of a running sandbox from outside: the shim's process, its socket, the agent."""
+"""Looks at the parts of a running sandbox from outside: shim process, socket, agent."""
 
 from __future__ import annotations
 
