@@ -29,6 +29,9 @@ GRACE_S = 1.0
 """How long a shim that has just answered its last Shutdown may take to be gone by itself."""
 
 KILL_DEADLINE_S = 2.0
+HANGUP_S = 0.5
+"""How long the children of a shim that is gone may take to follow it."""
+
 _SIGTERM, _SIGINT, _SIGPIPE, _SIGKILL = 15, 2, 13, 9
 
 
@@ -171,9 +174,18 @@ def _shim_pid(invocation: ShimInvocation) -> int | None:
 
 
 def _unlink_dead_socket(path: str) -> None:
+    """Remove the sandbox's socket unless somebody serves it.
+
+    A child that the dead shim had forked a moment ago may still hold the listener, until it notices
+    its parent's end: then the connection is accepted by nobody and hung up.
+    """
     probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
         probe.connect(path)
+        poller = select.poll()
+        poller.register(probe, select.POLLIN)
+        if poller.poll(HANGUP_S * 1000):
+            posix.unlink(path)
     except ConnectionRefusedError:
         posix.unlink(path)
     except OSError:
