@@ -15,6 +15,7 @@ use crate::pb::TtrpcRequest;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::Sandbox;
+use crate::settle::Settling;
 use crate::status::{Code, Result, Status};
 use crate::storage::Mounted;
 use crate::ttrpc::Service;
@@ -30,6 +31,7 @@ pub struct Agent {
     /// Storages by mount point.
     pub mounted: RefCell<BTreeMap<String, Mounted>>,
     pub oom: OomEvents,
+    pub settling: Settling,
     /// Set by DestroySandbox; nothing new is made after it.
     pub ending: Cell<bool>,
 }

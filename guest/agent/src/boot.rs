@@ -54,9 +54,6 @@ pub fn prepare_machine() -> Result<()> {
     let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on\n");
     // The kernel asks this program for modules, as it would ask modprobe.
     let _ = fs::write("/proc/sys/kernel/modprobe", "/init\n");
-    if let Err(error) = enable_controllers(CGROUP_ROOT) {
-        error!("cgroup controllers of {CGROUP_ROOT}: {error}");
-    }
     Ok(())
 }
 

@@ -35,6 +35,7 @@ mod rpc_stats;
 mod rpc_volume;
 mod runtime;
 mod sandbox;
+mod settle;
 mod spec;
 mod spec_json;
 mod status;
@@ -141,18 +142,9 @@ async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()
     if ready_port != 0 {
         let _ = tokio::time::timeout(ANNOUNCE_TIMEOUT, announce(ready_port, times)).await;
     }
-    if is_init {
-        // The host is on its way to connect; what it will need can come up meanwhile.
-        modules::load_for_devices();
-    }
     let watcher = agent.clone();
     tokio::task::spawn_local(async move { watcher.oom.run().await });
-    if is_init && let Err(status) = rpc_network::loopback_up() {
-        warn!("loopback: {status}");
-    }
-    if let Err(error) = cgroup::prepare_parent() {
-        warn!("cgroup of containers: {error}");
-    }
+    tokio::task::spawn_local(agent.clone().settle());
     loop {
         let socket = vsock::accept(&listener).await.context(|| "accepting".to_owned())?;
         tokio::task::spawn_local(ttrpc::serve(socket, agent.clone()));

@@ -14,6 +14,7 @@ use crate::container::{Container, Engine, Process, check_id};
 use crate::pb::grpc;
 use crate::reaper::Exit;
 use crate::rpc_process::refuse_raw_ports;
+use crate::settle::Stage;
 use crate::status::{Code, Context, Result, Status};
 use crate::stdio::Stdio;
 use crate::{devices, info, native, spec, spec_json};
@@ -25,6 +26,7 @@ impl Agent {
     pub async fn create_container(&self, request: grpc::CreateContainerRequest) -> Result<()> {
         let id = request.container_id.clone();
         check_id(&id)?;
+        self.settling.wait_for(Stage::Complete).await;
         refuse_raw_ports([request.stdin_port, request.stdout_port, request.stderr_port])?;
         if self.containers.borrow().contains_key(&id) || !self.sandbox.borrow_mut().reserve(&id) {
             return Err(Status::new(Code::AlreadyExists, format!("container {id} already exists")));

@@ -9,6 +9,7 @@ use crate::oom::OomEvents;
 use crate::pb::grpc;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
+use crate::settle::Settling;
 use crate::status::{Context, Result};
 
 /// Version of the agent API. Source: kata agent protocol, Health.Version.
@@ -25,6 +26,7 @@ impl Agent {
             sandbox: RefCell::default(),
             mounted: RefCell::default(),
             oom: OomEvents::new().context(|| "inotify".to_owned())?,
+            settling: Settling::default(),
             ending: Cell::new(false),
         })
     }

@@ -13,6 +13,7 @@ use nix::unistd::sethostname;
 use crate::agent::Agent;
 use crate::container::check_id;
 use crate::pb::grpc;
+use crate::settle::Stage;
 use crate::status::{Code, Context, Result, Status};
 use crate::{boot, info, warn};
 
@@ -72,6 +73,7 @@ impl Agent {
         if !request.sandbox_id.is_empty() {
             check_id(&request.sandbox_id)?;
         }
+        self.settling.wait_for(Stage::Devices).await;
         if self.sandbox.borrow().has_namespaces {
             return Err(Status::new(Code::AlreadyExists, "the sandbox already exists"));
         }

@@ -6,7 +6,9 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::cgroup::Cgroup;
 use crate::container::Container;
-use crate::pb::grpc::{LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, Mount, Process, Spec};
+use crate::pb::grpc::{
+    LinuxDevice, LinuxDeviceCgroup, LinuxNamespace, LinuxResources, Mount, Process, Spec,
+};
 use crate::sandbox::Sandbox;
 use crate::status::{Result, Status};
 
@@ -106,6 +108,13 @@ fn add_device_rules(rules: &mut Vec<LinuxDeviceCgroup>, devices: &[LinuxDevice])
     for device in devices.iter().filter(|device| device.r#type != "p") {
         add(true, &device.r#type, device.major, device.minor, "rwm");
     }
+}
+
+/// What `adapt` makes of a spec that says nothing of resources and devices.
+pub fn default_resources() -> LinuxResources {
+    let mut resources = LinuxResources::default();
+    add_device_rules(&mut resources.devices, &[]);
+    resources
 }
 
 fn check_mount(mount: &Mount) -> Result<()> {

@@ -2,8 +2,10 @@
 //!
 //! Source: OCI runtime-spec config-linux.md "Default Devices", "Device allowed list".
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::cell::RefCell;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag};
@@ -180,13 +182,25 @@ fn access(letters: &str) -> i32 {
     letters.chars().fold(0, |mask, letter| mask | bit(letter))
 }
 
-/// Lets processes of the cgroup use only the devices that the rules allow.
-pub fn restrict(cgroup: BorrowedFd<'_>, resources: Option<&LinuxResources>) -> Result<()> {
+thread_local! {
+    /// The filter that was made last: containers without devices of their own share it.
+    static LAST: RefCell<Option<(Vec<u64>, Rc<OwnedFd>)>> = const { RefCell::new(None) };
+}
+
+/// The filter of these rules, loaded into the kernel.
+fn filter(resources: Option<&LinuxResources>) -> Result<Rc<OwnedFd>> {
     let rules = resources.map_or(&[][..], |resources| &resources.devices);
     if rules.len() > MAX_RULES {
         return Err(Status::invalid(format!("{} device rules", rules.len())));
     }
     let code = program(rules)?;
+    let last = LAST.with(|last| {
+        let last = last.borrow();
+        last.as_ref().filter(|(present, _)| *present == code).map(|(_, filter)| filter.clone())
+    });
+    if let Some(filter) = last {
+        return Ok(filter);
+    }
     let load = Load {
         kind: PROG_TYPE_CGROUP_DEVICE,
         instructions: u32::try_from(code.len()).context(|| "device rules".to_owned())?,
@@ -194,19 +208,29 @@ pub fn restrict(cgroup: BorrowedFd<'_>, resources: Option<&LinuxResources>) -> R
         license: c"Apache".as_ptr() as u64,
         rest: [0; 12],
     };
-    let what = || "device filter".to_owned();
-    let filter = bpf(PROG_LOAD, &load).context(what)?;
+    let fd = bpf(PROG_LOAD, &load).context(|| "device filter".to_owned())?;
+    // SAFETY: the kernel has just made this descriptor for us, so nobody else owns it.
+    let filter = Rc::new(unsafe { OwnedFd::from_raw_fd(fd) });
+    LAST.with(|last| *last.borrow_mut() = Some((code, filter.clone())));
+    Ok(filter)
+}
+
+/// Loads the filter of these rules, so that `restrict` with the same rules only attaches it.
+pub fn prepare(resources: &LinuxResources) -> Result<()> {
+    filter(Some(resources)).map(drop)
+}
+
+/// Lets processes of the cgroup use only the devices that the rules allow.
+pub fn restrict(cgroup: BorrowedFd<'_>, resources: Option<&LinuxResources>) -> Result<()> {
+    let filter = filter(resources)?;
     let attach = Attach {
         target: cgroup.as_raw_fd().cast_unsigned(),
-        program: u32::try_from(filter).context(what)?,
+        program: filter.as_raw_fd().cast_unsigned(),
         kind: ATTACH_CGROUP_DEVICE,
         flags: ALLOW_MULTI,
     };
-    let attached = bpf(PROG_ATTACH, &attach).context(what);
-    // SAFETY: the descriptor was made just now and is used nowhere else; the cgroup keeps the
-    // program.
-    unsafe { libc::close(filter) };
-    attached.map(|_| ())
+    bpf(PROG_ATTACH, &attach).context(|| "attaching the device filter".to_owned())?;
+    Ok(())
 }
 
 /// The kernel's `union bpf_attr`, as far as each command reads it.

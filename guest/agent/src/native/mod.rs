@@ -78,6 +78,14 @@ pub async fn create(
     Ok((launched, Waiting(RefCell::new(Some(socket)))))
 }
 
+/// Makes the device filter that most containers share, while nobody waits for it.
+pub fn warm_up() {
+    let resources = crate::spec::default_resources();
+    if let Err(status) = devices::prepare(&resources) {
+        crate::warn!("{status}");
+    }
+}
+
 /// Lets the program begin; an answer means that it has been executed.
 pub async fn start(waiting: &Waiting) -> Result<()> {
     let socket = waiting.0.borrow_mut().take();
