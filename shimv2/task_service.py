@@ -65,6 +65,10 @@ _STATUS: Final = {
 }
 
 
+FORGOTTEN_S: Final = 2.0
+"""Longer than a restart of containerd needs to find the shim, shorter than anybody's patience."""
+
+
 class TaskService:
     """Serves one shim's tasks. `run` holds everything that outlives a request."""
 
@@ -158,7 +162,14 @@ class TaskService:
             config_path=_config_path(request.options),
             limit_s=_limit_s(context),
         )
-        container = await self._sandbox.create(creation)
+        try:
+            container = await self._sandbox.create(creation)
+        except BaseException:
+            # Cancelled, the connection broke: containerd was killed. Started again, 1.6 knows a
+            # task here that it can neither find nor delete, and would never send the Shutdown.
+            if trio.current_effective_deadline() == -math.inf:
+                self._sandbox.start_job(self._exit_if_forgotten)
+            raise
         io = events_pb.TaskIO(
             stdin=request.stdin,
             stdout=request.stdout,
@@ -263,6 +274,13 @@ class TaskService:
         if not self._sandbox.containers:
             self.exit_requested.set()
         return _EMPTY
+
+    async def _exit_if_forgotten(self) -> None:
+        """End the shim whose only Create was abandoned, unless somebody comes back to it."""
+        await trio.sleep(FORGOTTEN_S)
+        if not self._sandbox.containers:
+            self._log.warning("nobody came back after an abandoned Create")
+            self.exit_requested.set()
 
     # --- What all methods share ---
 
