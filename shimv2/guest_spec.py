@@ -55,8 +55,25 @@ class SharedMount:
     is_recursive: bool
 
 
+def check_spec(spec: JsonObject) -> None:
+    """Refuse what no guest can be given. Cheap: asked before anything is taken for a container.
+
+    Raises:
+        ShimError: InvalidArgument or Unimplemented, with what to do about it.
+    """
+    shared_mounts(spec)
+    linux = spec.get("linux") or {}
+    _guest_devices(linux)
+    for namespace in linux.get("namespaces") or []:
+        if isinstance(namespace, dict) and namespace.get("type") == "user":
+            raise Unimplemented(
+                "a user namespace in the VM is not offered; run the pod without one "
+                "(Kubernetes: hostUsers: true)"
+            )
+
+
 def shared_mounts(spec: JsonObject) -> list[SharedMount]:
-    """The mounts that need something of the host, in the spec's order.
+    """List the mounts that need something of the host, in the spec's order.
 
     Raises:
         ShimError: InvalidArgument or Unimplemented for a mount that no guest can have.
@@ -78,7 +95,9 @@ def shared_mounts(spec: JsonObject) -> list[SharedMount]:
                 index=index,
                 source=Path(str(mount.get("source", ""))),
                 destination=PurePosixPath(mount["destination"]),
-                read_only="ro" in options,
+                # "rro" alone is a mount of the whole tree read-only as well. Source: runc,
+                # libcontainer/specconv: recursive attributes are set after the plain ones.
+                read_only="ro" in options or "rro" in options,
                 is_recursive="bind" not in options or "rbind" in options,
             )
         )

@@ -32,7 +32,7 @@ from shimv2.errors import (
     representative,
 )
 from shimv2.guest_requests import container_request, sandbox_request
-from shimv2.guest_spec import shared_mounts
+from shimv2.guest_spec import check_spec
 from shimv2.jobs import Jobs
 from shimv2.journal import Journal
 from shimv2.lifecycle import Operation, State
@@ -42,6 +42,7 @@ from shimv2.oom_watch import watch_oom
 from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
 from shimv2.rootfs import GuestPaths, MountCalls, Share, sandbox_dns
+from shimv2.sandbox_network import namespace_path
 from shimv2.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -232,7 +233,9 @@ class Sandbox:
         bundle = creation.bundle
         if bundle.container_id in self.containers:
             raise AlreadyExists(f"container {bundle.container_id} already exists")
-        shared_mounts(bundle.spec)  # refused now rather than after a boot
+        check_spec(bundle.spec)
+        if bundle.kind is not ContainerKind.MEMBER:
+            namespace_path(bundle.spec)  # the host's network is none that a VM can have
         if bundle.spec.get("hooks"):
             self.log.warning("hooks are not run", container_id=bundle.container_id)
         container = Container(bundle, creation.stdio, self)

@@ -11,6 +11,7 @@ import pytest
 from shimv2.bundle import Bundle, ContainerKind
 from shimv2.errors import InvalidArgument, ShimError, Unimplemented
 from shimv2.guest_spec import (
+    check_spec,
     guest_process_message,
     guest_resources,
     guest_spec,
@@ -102,6 +103,22 @@ def test_binds_of_the_hosts_system_directories_are_the_guests() -> None:
                            "options": ["bind"]}])  # fmt: skip
     assert not shared_mounts(config)
     assert made(config).Mounts[0].source == "/dev/null"
+
+
+@pytest.mark.parametrize(
+    ("options", "read_only"),
+    [(["ro"], True), (["rbind", "rro"], True), (["bind", "rro", "rnosuid"], True), (["rw"], False)],
+)
+def test_a_recursively_read_only_mount_is_read_only_on_the_host(
+    options: list[str], read_only: bool
+) -> None:
+    mount = {"destination": "/d", "type": "bind", "source": "/x", "options": options}
+    assert shared_mounts(spec(mounts=[mount]))[0].read_only is read_only
+
+
+def test_a_user_namespace_is_refused_with_a_way_out() -> None:
+    with pytest.raises(Unimplemented, match=r"user namespace .*hostUsers: true"):
+        check_spec(spec(linux={"namespaces": [{"type": "network"}, {"type": "user"}]}))
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,32 @@ async def test_what_is_missing_on_the_host_is_named_before_anything_is_taken(
         assert not shim.hypervisor.helpers
 
 
+@pytest.mark.parametrize(
+    ("linux", "code", "words"),
+    [
+        ({"namespaces": [{"type": "pid"}]}, Code.FAILED_PRECONDITION, "host's network"),
+        ({"namespaces": [{"type": "network"}, {"type": "user"}]}, Code.UNIMPLEMENTED, "user name"),
+        (
+            {
+                "namespaces": [{"type": "network"}],
+                "devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}],
+            },
+            Code.INVALID_ARGUMENT,
+            "/dev/sda",
+        ),
+    ],
+)
+async def test_a_spec_that_no_vm_can_have_is_refused_before_anything_is_taken(
+    tmp_path: Path, linux: dict[str, object], code: Code, words: str
+) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+        error = await refusal(shim.create(config=spec(linux=linux)))
+        assert error.code == code
+        assert words in str(error)
+        assert not shim.hypervisor.helpers
+        assert not shim.mounts.calls
+
+
 @pytest.mark.parametrize("part", ["vmm", "virtiofsd", "vhost-device-vsock", "agent"])
 async def test_the_death_of_a_part_ends_every_process_with_137_within_a_second(
     tmp_path: Path, part: str
