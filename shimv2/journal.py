@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shimv2.errors import FailedPrecondition, ResourceExhausted
 from shimv2.host_process import boot_id, is_alive, start_time_ticks
-from shimv2.undo import UNDO, Outcome
+from shimv2.undo import UNDO, Outcome, is_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -122,7 +122,7 @@ class Journal:
         problems: list[str] = []
         for entry in reversed(self.held):
             if container is None or entry.container == container:
-                outcome = _undo_one(entry)
+                outcome = _undo_one(entry, os.path.dirname(self.path))
                 if outcome is None:
                     self.release(entry)
                 else:
@@ -182,7 +182,7 @@ def replay(path: str, *, container: str | None = None) -> list[str]:
             continue
         if entry.kind == "process" and not same_boot:
             continue
-        problem = _undo_one(entry)
+        problem = _undo_one(entry, os.path.dirname(path))
         if problem is not None:
             problems.append(problem)
     return problems
@@ -203,8 +203,11 @@ def survivors(path: str) -> list[Entry]:
     ]
 
 
-def _undo_one(entry: Entry) -> str | None:
+def _undo_one(entry: Entry, home: str) -> str | None:
     undo = UNDO.get(entry.kind)
+    if entry.kind == "mount" and not is_below(home, str(entry.fields.get("target"))):
+        # `delete` runs among the host's mounts, and a journal is only a file.
+        return f"mount #{entry.number}: {entry.fields.get('target')} is not of this sandbox"
     if undo is None:
         return f"{entry.kind} #{entry.number}: not known to this version"
     try:

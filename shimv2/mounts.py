@@ -203,7 +203,7 @@ def mount_rootfs(mounts: Sequence[RootfsMount], target: str) -> list[str]:
     done: list[str] = []
     try:
         for one in mounts:
-            place = _inside(target, one.target)
+            place = inside(target, one.target)
             _mount_one(one, place)
             done.append(place)
     except BaseException:
@@ -226,7 +226,7 @@ def detach(target: str) -> bool:
 def make_shared(path: str) -> None:
     """Make `path` a mount of its own whose later mounts propagate to its peers.
 
-    What virtiofsd bound from it before still sees them (guest.md: share made shared first).
+    virtiofsd, whose mount namespace is made from ours, sees them only if this came before it.
     """
     mount(path, path, "", MS_BIND | MS_REC)
     mount("none", path, "", MS_SHARED)
@@ -274,10 +274,10 @@ def _place(target: str | int) -> str:
     return f"/proc/self/fd/{target}" if isinstance(target, int) else target
 
 
-def _inside(root: str, target: str) -> str:
-    """Join a mount's own target to the rootfs; `..` in it is a mistake of whoever made it."""
+def inside(root: str, target: str) -> str:
+    """Join a mount's own target to the rootfs. Raises `MountFailed` for one that leaves it."""
     parts = [part for part in target.split("/") if part not in ("", ".")]
-    if ".." in parts:
+    if ".." in parts or "\0" in target:
         raise MountFailed("rootfs mount", target, 22)
     return "/".join([root, *parts])
 

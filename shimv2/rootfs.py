@@ -9,8 +9,8 @@ Layout, of which the guest sees the right-hand side, read-only at its top:
 left appears on the right, and the guest can neither remove nor replace a mount's target: paths on
 the left are ours alone. Each step is journalled before it is taken; `Journal.undo` takes it back.
 
-Source: Kata virtcontainers/fs_share_linux.go; reference: virtiofsd sees mounts that are made after
-its start only when the share was made shared before it.
+virtiofsd sees mounts that are made after its start only when the share was made shared before it.
+Source: Kata virtcontainers/fs_share_linux.go.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class Share:
     def _add_rootfs(self, bundle: Bundle, rootfs: Sequence[mounts.RootfsMount]) -> None:
         container_id = bundle.container_id
         target = self._mounts / container_id / "rootfs"
+        # Before the journal: what stands there is unmounted by whoever replays it.
+        places = [_place_of(mount, target) for mount in rootfs]
         for directory in (target.parent, target):
             self._journal.take("directory", path=str(directory), container=container_id)
             directory.mkdir(mode=0o755)
@@ -109,9 +111,8 @@ class Share:
             self._journal.take("mount", target=str(target), container=container_id)
             self._calls.bind(str(source), str(target))
             return
-        for mount in rootfs:
-            place = target / mount.target.lstrip("/")
-            self._journal.take("mount", target=str(place), container=container_id)
+        for place in places:
+            self._journal.take("mount", target=place, container=container_id)
         try:
             self._calls.mount_rootfs(rootfs, str(target))
         except mounts.MountFailed as exc:
@@ -151,6 +152,15 @@ def sandbox_dns(bundle: Bundle) -> list[str]:
                 return []  # the mount itself reports it
             return text.decode("utf-8", "replace").splitlines()
     return []
+
+
+def _place_of(mount: mounts.RootfsMount, root: Path) -> str:
+    try:
+        return mounts.inside(str(root), mount.target)
+    except mounts.MountFailed as exc:
+        raise InvalidArgument(
+            f"rootfs mount target {mount.target!r} leaves the container's root; remove the '..'"
+        ) from exc
 
 
 def _root_directory(bundle: Bundle) -> Path:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 Outcome = str | None
 
+
+def is_below(directory: str, path: str) -> bool:
+    """Tell whether `path`, which need not exist, lies below `directory`: by name, links aside."""
+    return path.startswith(f"{directory}/") and ".." not in path.split("/")
+
+
 KILL_DEADLINE_S = 2.0
 """A killed VMM gives its memory back within this; longer means it hangs in the kernel."""
 

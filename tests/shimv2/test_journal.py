@@ -249,3 +249,18 @@ def test_waiting_for_a_dead_process_takes_no_time():
     before = time.monotonic()
     assert host_process.kill_and_wait(2**22 - 1, 1, "nobody", 5.0) is None
     assert time.monotonic() - before < 1
+
+
+@pytest.mark.parametrize("target", ["/usr", "{home}/../other", "{home}", "{home}x/a", ""])
+def test_a_mount_outside_of_the_sandbox_is_never_unmounted(tmp_path, monkeypatch, target):
+    from shimv2 import mounts
+
+    unmounted = []
+    monkeypatch.setattr(mounts, "detach", unmounted.append)
+    book = opened(tmp_path)
+    book.take("mount", target=target.format(home=tmp_path))
+    book.take("mount", target=f"{tmp_path}/mounts")
+    book.close()
+    problems = journal.replay(str(tmp_path / "journal"))
+    assert unmounted == [f"{tmp_path}/mounts"]
+    assert "not of this sandbox" in problems[0]

@@ -136,6 +136,17 @@ def test_every_step_is_journalled_before_it_is_taken(bench: Bench) -> None:
     assert kinds == ["directory", "directory", "mount"]
 
 
+@pytest.mark.parametrize("target", ["../../../etc", "a/../../x", "/.."])
+def test_a_rootfs_target_that_leaves_the_root_is_refused_before_it_is_journalled(
+    bench: Bench, target: str
+) -> None:
+    mount = overlay()
+    mount.target = target
+    with pytest.raises(InvalidArgument, match="leaves the container's root"):
+        bench.share.add(bench.bundle(), [overlay(), mount])
+    assert not [entry for entry in bench.journal.held if entry.container == "c1"]
+
+
 def test_the_pods_resolv_conf_is_read_when_the_spec_brings_one(
     bench: Bench, tmp_path: Path
 ) -> None:
