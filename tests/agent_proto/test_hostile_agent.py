@@ -62,6 +62,14 @@ async def test_timeouts_can_be_chosen(tmp_path, autojump_clock):
         assert trio.current_time() - started == pytest.approx(0.5, abs=0.1)
 
 
+async def test_a_deadline_of_the_guests_own_is_told_in_its_words(tmp_path):
+    async with connected(tmp_path) as (client, agent):
+        agent.fail("CreateSandbox", Code.DEADLINE_EXCEEDED, "no device 02/00 within 10 s")
+        with pytest.raises(AgentStatus, match="no device 02/00 within 10 s") as caught:
+            await client.create_sandbox(agent_pb2.CreateSandboxRequest())
+        assert caught.value.code == Code.DEADLINE_EXCEEDED
+
+
 async def test_late_answer_is_dropped(tmp_path, autojump_clock):
     async with connected(tmp_path, AgentTimeouts(check_s=2)) as (client, agent):
         agent.delay("GetOOMEvent", 5, agent_pb2.OOMEvent(container_id="late"))
