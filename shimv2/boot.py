@@ -12,18 +12,18 @@ reason that explains most: a dead VMM also ends the daemons and the agent's conn
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 from agent_proto.client import AgentClient
-from agent_proto.errors import AgentTimeout
+from agent_proto.errors import AgentError, AgentMisbehaved, AgentTimeout
 from agent_proto.readiness import ReadinessListener
-from agent_proto.vsock import Endpoint, HybridVsock, dial, dial_until
+from agent_proto.vsock import LONGEST_PAUSE_S, Endpoint, HybridVsock, dial, dial_until
 from hypervisors.machine import (
     KernelVsock as KernelVsockDevice,
 )
@@ -34,10 +34,13 @@ from hypervisors.machine import (
     UnixVsock,
     VmExit,
 )
-from shimv2.errors import Unavailable
+from shimv2.errors import DeadlineExceeded, Unavailable
+from shimv2.failure import WAITING
 from shimv2.rootfs import SHARE_TAG
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from agent_proto.limits import AgentTimeouts
     from hypervisors.base import Hypervisor, VirtualMachine
     from hypervisors.child import ChildRecord
@@ -45,16 +48,37 @@ if TYPE_CHECKING:
     from shimv2.journal import Entry, Journal
     from shimv2.kernel_vsock import KernelVsockDescriptor
     from shimv2.machine_plan import MachinePlan
+    from shimv2.state_dir import StateDir
     from shimv2.timeline import Timeline
 
 _CONNECT_DEADLINE_S: Final = 5.0
-# An agent that reports has done so by then even in a slow emulated guest; later, dial it.
-_REPORT_PATIENCE_S: Final = 20.0
+# Not sure to report: dial it after this, or a third of the limit if that is sooner. Most emulated
+# guests have reported by then, and dialling ones that do not listen yet costs the daemon work.
+_REPORT_PATIENCE_S: Final = 15.0
+# An agent that was reached by dialling may be one that reports, just late: its line comes with it.
+_LATE_REPORT_S: Final = 0.5
 # How long the loss of one part waits for the VMM's own end, which explains it better.
 _BETTER_REASON_S: Final = 0.3
 _STOP_DEADLINE_S: Final = 5.0
 _TAIL_LINES: Final = 20
 _PANIC_LINES: Final = 100
+# Dialling ends before its deadline when its next pause would pass it.
+_DIAL_SLACK_S: Final = LONGEST_PAUSE_S
+_VSOCK_ID: Final = "vsock0"
+_SHARE_SOCKET: Final = "virtiofsd.sock"
+_VSOCK_SOCKET: Final = "vhost-vsock.sock"
+_GUEST_SOCKET: Final = "vsock.sock"
+
+
+class AgentSilent(DeadlineExceeded):
+    """The guest was launched, and `limit_s` later its agent had not answered."""
+
+    limit_name: Final = "`dial_timeout`"
+
+    def __init__(self, limit_s: float, last: Exception) -> None:
+        limit = f"{limit_s:g} s ({self.limit_name})"
+        super().__init__(f"the agent in the guest did not answer within {limit}: {last}")
+        self.limit_s = limit_s
 
 
 class SupervisedHelper(Protocol):
@@ -78,6 +102,24 @@ class Machinery:
     open_kernel_vsock: Callable[[], KernelVsockDescriptor | None]
 
 
+def check_machine(
+    sandbox_id: str, plan: MachinePlan, machinery: Machinery, state: StateDir
+) -> MachinePlan:
+    """Refuse what cannot work, and return the plan within what the backend can. Takes nothing.
+
+    Raises:
+        PreconditionFailed, Unsupported: as `Hypervisor.check`.
+        InvalidArgument: a socket's path would be too long.
+    """
+    hypervisor = machinery.hypervisor
+    # The kernel's vsock device, where there is one, is checked by being opened later.
+    vsock = _unix_vsock(state)
+    spec = machine_spec(sandbox_id, plan, state, vsock, plan.ready_port)
+    plan = plan.within(max_vcpus=hypervisor.capabilities(spec).max_vcpus)
+    hypervisor.check(machine_spec(sandbox_id, plan, state, vsock, plan.ready_port))
+    return plan
+
+
 class Machine:
     """One VM with its daemons and its agent."""
 
@@ -87,7 +129,7 @@ class Machine:
         plan: MachinePlan,
         machinery: Machinery,
         *,
-        state: Path,
+        state: StateDir,
         share: Path,
         journal: Journal,
         jobs: trio.Nursery,
@@ -169,7 +211,6 @@ class Machine:
 
     async def _boot(self) -> None:
         kernel_vsock = self._kernel_vsock = self._machinery.open_kernel_vsock()
-        self._machinery.hypervisor.check(self._spec(self._plan.ready_port))
         self._timeline.enter("starting the daemons of the virtual machine")
         endpoint = self._endpoint(self._plan.ready_port)
         async with ReadinessListener.listen(endpoint) as listener:
@@ -180,34 +221,52 @@ class Machine:
                     nursery.start_soon(self._start_vsock_device)
             self._timeline.mark("helpers")
             await self._launch(spec)
-            self._timeline.enter("waiting for the agent in the guest")
+            self._timeline.enter(f"{WAITING} in the guest")
             sock = await self._meet_agent(listener)
         self.agent = AgentClient(sock, timeouts=self._timeouts)
         await self._jobs.start(self._supervise_agent)
         self._timeline.mark("agent_connected")
 
     async def _meet_agent(self, listener: ReadinessListener) -> socket.socket:
-        """Connect as soon as the agent reports, or find out by dialling that it serves."""
+        """Connect as soon as the agent reports, or find out by dialling that it serves.
+
+        Raises:
+            AgentSilent: neither within the boot's deadline, which counts from the launch.
+        """
         plan = self._plan
         endpoint = self._endpoint(plan.agent_port)
-        if plan.readiness != "dial":
-            patience_s = plan.boot_deadline_s
-            if plan.readiness == "auto":
-                patience_s = min(patience_s, _REPORT_PATIENCE_S)
-            try:
-                report = await listener.wait(timeout_s=patience_s)
-            except AgentTimeout:
-                if plan.readiness == "push":
-                    raise
-            else:
-                self.keeps_output = True
-                self.boot_ms = dict(report.boot_ms)
-                since_init_ms = report.boot_ms.get("listening", 0) - report.boot_ms.get("init", 0)
-                self._timeline.mark("kernel", ago_s=since_init_ms / 1000)
-                self._timeline.mark("agent_ready")
-                return await dial(endpoint, timeout_s=_CONNECT_DEADLINE_S)
-        left_s = max(1.0, plan.boot_deadline_s - self._timeline.elapsed_s())
-        return await dial_until(endpoint, deadline_s=left_s)
+        give_up_at = trio.current_time() + plan.boot_deadline_s
+
+        def left_s() -> float:
+            return max(0.0, give_up_at - trio.current_time())
+
+        try:
+            if plan.readiness == "push":
+                await self._wait_report(listener, left_s())
+            elif plan.readiness == "auto":
+                with contextlib.suppress(AgentTimeout):
+                    await self._wait_report(
+                        listener, min(_REPORT_PATIENCE_S, plan.boot_deadline_s / 3)
+                    )
+            if self.keeps_output:
+                return await dial(endpoint, timeout_s=min(left_s(), _CONNECT_DEADLINE_S))
+            sock = await dial_until(endpoint, deadline_s=left_s())
+        except AgentError as exc:
+            if left_s() > _DIAL_SLACK_S or isinstance(exc, AgentMisbehaved):
+                raise
+            raise AgentSilent(plan.boot_deadline_s, exc) from exc
+        if plan.readiness == "auto":
+            with contextlib.suppress(AgentTimeout, AgentMisbehaved):
+                await self._wait_report(listener, _LATE_REPORT_S)
+        return sock
+
+    async def _wait_report(self, listener: ReadinessListener, limit_s: float) -> None:
+        report = await listener.wait(timeout_s=limit_s)
+        self.keeps_output = True
+        self.boot_ms = dict(report.boot_ms)
+        since_init_ms = report.boot_ms.get("listening", 0) - report.boot_ms.get("init", 0)
+        self._timeline.mark("kernel", ago_s=since_init_ms / 1000)
+        self._timeline.mark("agent_ready")
 
     async def _launch(self, spec: MachineSpec) -> None:
         self._timeline.enter("launching the virtual machine")
@@ -218,7 +277,7 @@ class Machine:
         self.launched.set()
 
     async def _start_virtiofsd(self) -> None:
-        path = self._socket("virtiofsd.sock")
+        path = self._socket(_SHARE_SOCKET)
         helper = await self._machinery.start_virtiofsd(
             self._plan.virtiofsd,
             self._share,
@@ -231,8 +290,8 @@ class Machine:
     async def _start_vsock_device(self) -> None:
         helper = await self._machinery.start_vsock_device(
             self._plan.vsock_device,
-            self._socket("vhost-vsock.sock"),
-            self._socket("vsock.sock"),
+            self._socket(_VSOCK_SOCKET),
+            self._socket(_GUEST_SOCKET),
             record=self._record,
         )
         await self._supervise(helper)
@@ -295,40 +354,53 @@ class Machine:
         )
 
     def _socket(self, name: str) -> Path:
-        path = self._state / name
+        path = self._state.socket(name)
         self._entries.append(self._journal.take("socket", path=str(path)))
         return path
 
     def _endpoint(self, port: int) -> Endpoint:
         if self._kernel_vsock is not None:
             return self._kernel_vsock.endpoint(port)
-        return HybridVsock(self._state / "vsock.sock", port)
+        return HybridVsock(self._state.socket(_GUEST_SOCKET), port)
 
     def _spec(self, ready_port: int) -> MachineSpec:
-        plan = self._plan
-        vsock: KernelVsockDevice | UnixVsock
-        if self._kernel_vsock is not None:
-            vsock = self._kernel_vsock.device("vsock0")
-        else:
-            vsock = UnixVsock(
-                id="vsock0",
-                socket=self._state / "vhost-vsock.sock",
-                uds_path=self._state / "vsock.sock",
-            )
-        share = SharedDirectory(id="share0", tag=SHARE_TAG, socket=self._state / "virtiofsd.sock")
-        return MachineSpec(
-            id=self._sandbox_id,
-            kernel=plan.kernel,
-            initrd=plan.initrd,
-            cmdline=f"kata.ready_port={ready_port} {plan.kernel_params}".strip(),
-            vcpus=plan.vcpus,
-            max_vcpus=plan.max_vcpus,
-            memory_mib=plan.memory_mib,
-            max_memory_mib=plan.max_memory_mib,
-            binary=plan.binary,
-            run_dir=self._state,
-            accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration
-            machine_type=plan.machine_type,
-            devices=(share, vsock, Rng()),
-            hotplug_ports=plan.hotplug_ports,
+        vsock = (
+            self._kernel_vsock.device(_VSOCK_ID)
+            if self._kernel_vsock is not None
+            else _unix_vsock(self._state)
         )
+        return machine_spec(self._sandbox_id, self._plan, self._state, vsock, ready_port)
+
+
+def _unix_vsock(state: StateDir) -> UnixVsock:
+    return UnixVsock(
+        id=_VSOCK_ID, socket=state.socket(_VSOCK_SOCKET), uds_path=state.socket(_GUEST_SOCKET)
+    )
+
+
+def machine_spec(
+    sandbox_id: str,
+    plan: MachinePlan,
+    state: StateDir,
+    vsock: KernelVsockDevice | UnixVsock,
+    ready_port: int,
+) -> MachineSpec:
+    """What the backend is asked for. Pure."""
+    share = SharedDirectory(id="share0", tag=SHARE_TAG, socket=state.socket(_SHARE_SOCKET))
+    return MachineSpec(
+        id=sandbox_id,
+        kernel=plan.kernel,
+        initrd=plan.initrd,
+        cmdline=f"kata.ready_port={ready_port} {plan.kernel_params}".strip(),
+        vcpus=plan.vcpus,
+        max_vcpus=plan.max_vcpus,
+        memory_mib=plan.memory_mib,
+        max_memory_mib=plan.max_memory_mib,
+        binary=plan.binary,
+        run_dir=state.directory,
+        accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration
+        machine_type=plan.machine_type,
+        devices=(share, vsock, Rng()),
+        hotplug_ports=plan.hotplug_ports,
+        unprivileged=plan.unprivileged,
+    )

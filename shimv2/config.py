@@ -36,6 +36,7 @@ class HypervisorConfig:
     default_maxmemory_mib: int = 0  # 0: as much as the host has
     memory_slots: int = 10
     hotplug_ports: int = 8
+    rootless: bool = True  # the VMM gets a user of its own, where root starts the shim
     enable_debug: bool = False
     shared_fs: str = "virtio-fs"  # virtio-fs | none
     virtio_fs_daemon: Path = Path("/usr/libexec/virtiofsd")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ttrpc import Code
 
 MAX_MESSAGE_BYTES = 2048
-"""A status message is shown by `kubectl describe` and stored in events: design D11."""
+"""A status message is shown by `kubectl describe` and stored in events."""
 
 # Source: google/rpc/code.proto. Plain numbers, so that `delete` doesn't load ttrpc's enumeration.
 _UNKNOWN = 2

@@ -1,4 +1,4 @@
-"""What went wrong with a sandbox, told so that its user can act: design D11.
+"""What went wrong with a sandbox, told so that its user can act.
 
     creating the sandbox failed after 12.3 s of 45 s while waiting for the agent: <error>. The VM:
     <exit>. Likely cause: <cause>; <fix>. Console: <last lines>
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_REPORTS = 32
+WAITING = "waiting for the agent"
+"""How the phase begins in which a silent guest is a cause of its own."""
+
 _CONSOLE_LINES_IN_TEXT = 6
 _TELLING_LINES_IN_TEXT = 3
 _MAX_REPORT_BYTES = 64 << 10
@@ -95,6 +98,7 @@ class FailureReport:
     error: str
     elapsed_s: float
     deadline_s: float | None = None
+    passed_limit: str = ""  # the name of the limit that ended it, if one did
     vm_exit: str = ""
     console_tail: Sequence[str] = ()
     stderr_tail: Sequence[str] = ()
@@ -109,7 +113,7 @@ class FailureReport:
         for known in KNOWN_CAUSES:
             if any(sign in words for sign in known.signs):
                 return f"{known.cause}; {known.fix}"
-        if self.deadline_s is not None and self.elapsed_s >= self.deadline_s and not self.vm_exit:
+        if self.passed_limit and self.phase.startswith(WAITING) and not self.vm_exit:
             return self._advice_on_silence()
         return ""
 
@@ -120,8 +124,8 @@ class FailureReport:
                 'vmlinux that boots by PVH, and try `accelerator = "tcg"`'
             )
         return (
-            "the guest's kernel runs but its agent did not answer; a slow machine needs a longer "
-            "`dial_timeout`, otherwise the console lines say why"
+            "the guest's kernel runs but its agent did not answer; a slow machine needs more "
+            f"time ({self.passed_limit}), otherwise the console lines say why"
         )
 
     def text(self) -> str:

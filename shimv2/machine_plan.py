@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -36,6 +36,13 @@ class MachinePlan:
     agent_port: int
     ready_port: int
     hotplug_ports: int
+    unprivileged: bool
+
+    def within(self, *, max_vcpus: int) -> MachinePlan:
+        """Return the plan with no more vCPUs than a backend can have; big hosts have more."""
+        return replace(
+            self, vcpus=min(self.vcpus, max_vcpus), max_vcpus=min(self.max_vcpus, max_vcpus)
+        )
 
 
 def host_memory_mib() -> int:
@@ -55,7 +62,7 @@ def plan_machine(config: RuntimeConfig) -> MachinePlan:
         binary=hypervisor.path,
         kernel=hypervisor.kernel,
         initrd=hypervisor.initrd,
-        kernel_params=hypervisor.kernel_params,
+        kernel_params=_kernel_params(config),
         vcpus=vcpus,
         max_vcpus=max(vcpus, max_vcpus),
         memory_mib=hypervisor.default_memory_mib,
@@ -70,4 +77,15 @@ def plan_machine(config: RuntimeConfig) -> MachinePlan:
         agent_port=config.agent.server_port,
         ready_port=config.agent.ready_port,
         hotplug_ports=hypervisor.hotplug_ports,
+        unprivileged=hypervisor.rootless,
     )
+
+
+def _kernel_params(config: RuntimeConfig) -> str:
+    # The operator's own come last: the kernel and the agent obey the last of two.
+    debug = []
+    if config.hypervisor.enable_debug:
+        debug.append("loglevel=7")
+    if config.agent.enable_debug:
+        debug.append("agent.log=debug")
+    return " ".join([*debug, config.hypervisor.kernel_params]).strip()

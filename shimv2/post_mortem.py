@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent_proto.errors import AgentStatus
-from hypervisors.errors import PreconditionFailed
+from hypervisors.errors import PreconditionFailed, Unsupported
+from shimv2.boot import AgentSilent
 from shimv2.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -57,7 +58,7 @@ def users_mistake(error: Exception, *, is_guest_well: bool) -> Exception | None:
     cause = representative(error)
     if isinstance(cause, PreconditionFailed):
         return FailedPrecondition(str(cause))
-    if isinstance(cause, _USERS_OWN):
+    if isinstance(cause, (*_USERS_OWN, Unsupported)):
         return cause
     if isinstance(cause, AgentStatus) and is_guest_well:
         # It is the container that can't be.
@@ -71,16 +72,25 @@ def failed(
     """The whole report on a creation that failed by itself; `reason` is the VM's end, if any."""
     cause = representative(error)
     text = reason or str(cause) or type(cause).__name__
-    return _kept(scene, text, limit_s, int(status_from(cause)[0]), reports_root)
+    code = int(status_from(cause)[0])
+    if isinstance(cause, AgentSilent):
+        return _kept(scene, text, cause.limit_s, code, reports_root, cause.limit_name)
+    return _kept(scene, text, limit_s, code, reports_root)
 
 
-def late(scene: Scene, *, limit_s: float, reports_root: str) -> SandboxFailed:
+def late(scene: Scene, *, limit_s: float, limit_name: str, reports_root: str) -> SandboxFailed:
     """The whole report on a creation that its deadline cut short."""
-    return _kept(scene, "the deadline passed", limit_s, DeadlineExceeded.code, reports_root)
+    text = f"the deadline passed ({limit_name})"
+    return _kept(scene, text, limit_s, DeadlineExceeded.code, reports_root, limit_name)
 
 
 def _kept(
-    scene: Scene, text: str, limit_s: float | None, code: int, reports_root: str
+    scene: Scene,
+    text: str,
+    limit_s: float | None,
+    code: int,
+    reports_root: str,
+    passed_limit: str = "",
 ) -> SandboxFailed:
     report = FailureReport(
         sandbox_id=scene.sandbox_id,
@@ -88,6 +98,7 @@ def _kept(
         error=text,
         elapsed_s=scene.elapsed_s,
         deadline_s=limit_s,
+        passed_limit=passed_limit,
         vm_exit=scene.vm_exit,
         console_tail=scene.console_tail,
     )

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from agent_proto.errors import AgentError, AgentUnreachable
-from shimv2.boot import Machine, Machinery
+from agent_proto.limits import AgentTimeouts
+from shimv2.boot import Machine, Machinery, check_machine
 from shimv2.bundle import Bundle, ContainerKind
 from shimv2.cleanup import remove_state
 from shimv2.container import Container, Log
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
     from shimv2.journal import Entry
+    from shimv2.machine_plan import MachinePlan
     from shimv2.mounts import RootfsMount
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
@@ -248,7 +250,7 @@ class Sandbox:
                 container.creation = scope
                 await self._create(container, creation)
             if scope.cancelled_caught:
-                raise self._cut_short(container, limit_s)
+                raise self._cut_short(container, creation, limit_s)
         except BaseException:
             self.containers.pop(container.id, None)
             container.init.vanish()
@@ -305,7 +307,7 @@ class Sandbox:
         timeline = self.timeline = Timeline()
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._take_down_shielded)
-            machine = self._new_machine(self._configure(creation))
+            machine = await self._prepare_machine(self._configure(creation))
             timeline.enter("preparing the container's root filesystem")
             prepared: list[GuestPaths] = []
 
@@ -367,7 +369,21 @@ class Sandbox:
         if self.ended.is_set() or not self._is_up.is_set():
             raise Unavailable(self._reason or "the sandbox could not be created")
 
-    def _new_machine(self, config: RuntimeConfig) -> Machine:
+    async def _prepare_machine(self, config: RuntimeConfig) -> Machine:
+        """Check what the machine is made of; only then take the first things for it."""
+        self.timeline.enter("checking what the virtual machine is made of")
+        machinery = self._parts.machinery(config)
+        try:
+            plan = check_machine(
+                self._invocation.sandbox_id, plan_machine(config), machinery, self._state_dir
+            )
+        except Exception as exc:
+            raise await self._explained(exc) from exc
+        return self._new_machine(config, plan, machinery)
+
+    def _new_machine(
+        self, config: RuntimeConfig, plan: MachinePlan, machinery: Machinery
+    ) -> Machine:
         for problem in remove_state(self._state_dir):
             self.log.warning("left by an earlier shim", problem=problem)
         self._state_dir.create()
@@ -384,14 +400,19 @@ class Sandbox:
         self._share.prepare()
         self._machine = Machine(
             self._invocation.sandbox_id,
-            plan_machine(config),
-            self._parts.machinery(config),
-            state=self._state_dir.directory,
+            plan,
+            machinery,
+            state=self._state_dir,
             share=self._share.path,
             journal=self._journal,
             jobs=self._jobs.nursery,
             timeline=self.timeline,
             on_death=self.fail,
+            timeouts=AgentTimeouts(
+                request_s=config.agent.request_timeout_s,
+                create_container_s=config.agent.create_container_timeout_s,
+                create_sandbox_s=config.agent.create_container_timeout_s,
+            ),
         )
         return self._machine
 
@@ -428,14 +449,16 @@ class Sandbox:
     def _look(self) -> Scene:
         return scene_of(self._invocation.sandbox_id, self.timeline, self._machine)
 
-    def _cut_short(self, container: Container, limit_s: float) -> ShimError:
+    def _cut_short(self, container: Container, creation: Creation, limit_s: float) -> ShimError:
         if container.kill_requested is not None:
             return Unavailable(
                 f"container {container.id} was killed by signal {container.kill_requested} "
                 f"while {self.timeline.phase}"
             )
         scene = self._scene or self._look()
-        return late(scene, limit_s=limit_s, reports_root=self._parts.reports_root)
+        is_clients = limit_s == creation.limit_s
+        name = "the client's limit" if is_clients else "`create_container_timeout`"
+        return late(scene, limit_s=limit_s, limit_name=name, reports_root=self._parts.reports_root)
 
     # --- The end of things ---
 

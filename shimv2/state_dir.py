@@ -57,10 +57,6 @@ class StateDir:
         return f"{self.path}/share"
 
     @property
-    def share_path(self) -> Path:
-        return self._as_path(self.share)
-
-    @property
     def directory(self) -> Path:
         return self._as_path(self.path)
 

@@ -100,11 +100,25 @@ class FakeHypervisor:
     on_exit: Callable[[], None] = lambda: None
     check_error: Exception | None = None
     launch_error: Exception | None = None
+    max_vcpus: int = 255
     machines: list[FakeMachine] = field(default_factory=list)
     helpers: list[FakeHelper] = field(default_factory=list)
 
     def capabilities(self, spec: MachineSpec) -> Capabilities:
-        raise NotImplementedError
+        return Capabilities(
+            shared_directory=True,
+            block_hotplug=False,
+            net_hotplug=False,
+            vcpu_hotplug=False,
+            vcpu_unplug=False,
+            memory_hotplug=False,
+            pause=False,
+            panic_event=False,
+            unix_vsock=True,
+            kernel_vsock=False,
+            max_vcpus=self.max_vcpus,
+            memory_step_mib=1,
+        )
 
     def check(self, spec: MachineSpec) -> None:
         if self.check_error is not None:

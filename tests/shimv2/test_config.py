@@ -109,7 +109,7 @@ def test_an_unknown_key_is_named_with_its_line_and_a_suggestion(write):
         ("[hypervisor.qemu]\naccelerator = 'hvf'\n", '"auto", "kvm", "tcg"'),
         ("[hypervisor.qemu]\nenable_annotations = 'all'\n", "list of strings"),
         ("[hypervisor.qemu]\nimage = '/kata.img'\n", "set `initrd`"),
-        ("[hypervisor.qemu]\nrootless = true\n", "not offered"),
+        ("[hypervisor.qemu]\nenable_iommu = true\n", "not offered"),
         ("[runtime]\nenable_debug = 1\n", "true or false"),
         ("[runtime\n", "not valid TOML"),
         ("\udcff", "not valid TOML"),

@@ -46,8 +46,16 @@ def test_the_line_that_tells_is_shown_however_much_follows_it():
 
 
 def test_a_silent_guest_and_a_silent_agent_get_different_advice():
-    assert "printed nothing" in report().text()
-    assert "its agent did not answer" in report(console_tail=["Linux version 6.1"]).text()
+    late = {"passed_limit": "`dial_timeout`"}
+    assert "printed nothing" in report(**late).text()
+    text = report(console_tail=["Linux version 6.1"], **late).text()
+    assert "its agent did not answer" in text
+    assert "more time (`dial_timeout`)" in text
+
+
+def test_silence_is_a_cause_only_while_the_agent_is_waited_for():
+    made = report(phase="creating the container", passed_limit="the client's limit")
+    assert "likely cause" not in made.text()
 
 
 def test_no_cause_is_made_up():

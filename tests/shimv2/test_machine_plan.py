@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shimv2.config import HypervisorConfig, RuntimeConfig
+from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
 from shimv2.machine_plan import host_memory_mib, plan_machine
 
 
@@ -15,6 +15,24 @@ def plan(**hypervisor: object):
 def test_fractions_of_a_cpu_are_rounded_up() -> None:
     assert plan(default_vcpus=1.5).vcpus == 2
     assert plan(default_vcpus=0.1).vcpus == 1
+
+
+def test_a_backends_limit_holds_on_a_host_with_more_cpus() -> None:
+    made = plan(default_vcpus=300.0, default_maxvcpus=512).within(max_vcpus=255)
+    assert (made.vcpus, made.max_vcpus) == (255, 255)
+
+
+def test_debugging_goes_to_the_kernel_and_the_agent_before_the_operators_own() -> None:
+    config = RuntimeConfig(
+        hypervisor=HypervisorConfig(enable_debug=True, kernel_params="loglevel=3"),
+        agent=AgentConfig(enable_debug=True),
+    )
+    assert plan_machine(config).kernel_params == "loglevel=7 agent.log=debug loglevel=3"
+
+
+def test_the_vmm_has_a_user_of_its_own_unless_that_is_turned_off() -> None:
+    assert plan().unprivileged
+    assert not plan(rootless=False).unprivileged
 
 
 def test_a_negative_count_means_all_cpus_of_the_host() -> None:

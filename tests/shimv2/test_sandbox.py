@@ -11,7 +11,7 @@ import trio.testing
 
 from agent_proto.pb import agent_pb2
 from hypervisors.errors import LaunchFailed, PreconditionFailed
-from shimv2.config import AgentConfig, RuntimeConfig
+from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from tests.fakes.fake_process import SLEEP, Program
@@ -70,7 +70,46 @@ async def test_the_configured_boot_deadline_holds_without_one_of_the_client(tmp_
     config = RuntimeConfig(agent=AgentConfig(readiness="push", dial_timeout_s=0.1))
     async with ShimBench(tmp_path, config).running() as shim:
         shim.agent_reports = False
-        assert (await refusal(shim.create())).code == Code.DEADLINE_EXCEEDED
+        error = await refusal(shim.create())
+        assert error.code == Code.DEADLINE_EXCEEDED
+        assert "of 0.1 s: the agent in the guest did not answer within 0.1 s (`dial_timeout`)" in (
+            str(error)
+        )
+        assert "the guest printed nothing" in str(error)
+
+
+async def test_a_short_boot_deadline_leaves_time_to_dial_an_agent_that_does_not_report(
+    tmp_path: Path,
+) -> None:
+    config = RuntimeConfig(agent=AgentConfig(readiness="auto", dial_timeout_s=1.5))
+    async with ShimBench(tmp_path, config).running() as shim:
+        shim.agent_reports = False
+        await shim.run()
+        assert (await shim.wait()).exit_status == 0
+
+
+async def test_no_boot_lasts_longer_than_its_deadline(tmp_path: Path) -> None:
+    config = RuntimeConfig(agent=AgentConfig(readiness="auto", dial_timeout_s=0.6))
+    async with ShimBench(tmp_path, config).running() as shim:
+
+        async def power_on(machine: object) -> None:
+            """No agent."""
+
+        shim.hypervisor.on_launch = power_on
+        started = trio.current_time()
+        error = await refusal(shim.create())
+        assert trio.current_time() - started < 1.5
+        assert "within 0.6 s" in str(error)
+
+
+async def test_the_backends_limit_of_vcpus_is_kept_rather_than_refused(tmp_path: Path) -> None:
+    config = RuntimeConfig(
+        hypervisor=HypervisorConfig(default_vcpus=4.0), agent=AgentConfig(readiness="push")
+    )
+    async with ShimBench(tmp_path, config).running() as shim:
+        shim.hypervisor.max_vcpus = 2
+        await shim.create()
+        assert (shim.machine.spec.vcpus, shim.machine.spec.max_vcpus) == (2, 2)
 
 
 async def test_a_client_that_leaves_during_create_leaves_nothing(tmp_path: Path) -> None:
@@ -115,6 +154,8 @@ async def test_what_is_missing_on_the_host_is_named_before_anything_is_taken(
         assert "guest kernel /no/vmlinux" in str(error)
         assert "build it" in str(error)
         assert not shim.hypervisor.helpers
+        assert not shim.mounts.calls
+        assert not shim.state_dir.exists()
 
 
 @pytest.mark.parametrize(
