@@ -168,3 +168,25 @@ async def test_seccomp_profile_holds_for_init_and_exec(tmp_path: Path) -> None:
         assert await guest.client.read_stdout("c1", "c1") == b"refused\n"
         await guest.exec("c1", "e1", "mkdir", "/tmp/b")
         assert await guest.client.wait_process("c1", "e1") == 1
+
+
+async def test_user_namespace_maps_the_containers_root_to_an_ordinary_user(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        script = "cat /proc/self/uid_map; id -u; echo x >/dev/null && echo >/tmp/made && echo fine"
+        made = spec(guest.rootfs, ["sh", "-c", f"{script}; sleep 1000"])
+        made.Linux.Namespaces.add(Type="user")
+        for mappings in (made.Linux.UIDMappings, made.Linux.GIDMappings):
+            mappings.add(HostID=100000, ContainerID=0, Size=65536)
+        made.Process.Rlimits.add(Type="RLIMIT_CORE", Hard=4096, Soft=4096)
+        await guest.client.create_container(
+            agent_pb2.CreateContainerRequest(container_id="c1", exec_id="c1", OCI=made)
+        )
+        await guest.client.start_container("c1")
+        said = b""
+        while not said.endswith(b"fine\n"):
+            part = await guest.client.read_stdout("c1", "c1")
+            assert part, (said, await guest.client.read_stderr("c1", "c1"))
+            said += part
+        assert said.split() == [b"0", b"100000", b"65536", b"0", b"fine"]
+        await guest.exec("c1", "e1", "sh", "-c", "id -u; touch /tmp/more; ulimit -c", terminal=True)
+        assert await guest.output("c1", "e1") == b"0\r\n8\r\n"

@@ -68,6 +68,8 @@ pub struct Container {
     pub storages: Vec<String>,
     /// The init process as it was asked for: what exec requests leave out is taken from here.
     pub init_spec: grpc::Process,
+    /// It has a user namespace.
+    pub own_users: bool,
     /// The init process's filter, which every exec process gets as well.
     pub seccomp: Option<grpc::LinuxSeccomp>,
     pub rootfs: PathBuf,

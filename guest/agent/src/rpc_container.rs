@@ -81,6 +81,7 @@ impl Agent {
             execs: RefCell::default(),
             storages: std::mem::take(storages),
             init_spec,
+            own_users: native::has_own_users(&spec),
             seccomp: spec.linux.and_then(|linux| linux.seccomp),
             rootfs: PathBuf::from(spec.root.unwrap_or_default().path),
             termination_log: spec::termination_log(&spec.mounts),

@@ -28,7 +28,8 @@ impl Agent {
         let (launched, io) = self
             .launch(process.terminal, async |io| match &container.engine {
                 Engine::Native(_) => {
-                    let init = container.init.pid;
+                    let pid = container.init.pid;
+                    let init = native::Init { pid, own_users: container.own_users };
                     let seccomp = container.seccomp.as_ref();
                     let cgroup = &container.cgroup;
                     native::exec(&self.reaper, &process, seccomp, init, cgroup, io).await

@@ -8,13 +8,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::set_dumpable;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setsid};
+use nix::unistd::{
+    Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setresgid, setresuid, setsid,
+};
 
 use super::credentials::Program;
 use super::rootfs;
 use super::seccomp::Filter;
 use super::sync::from_child;
 use super::terminal;
+use super::tree::Sources;
+use super::users;
 use crate::pb::grpc::{LinuxNamespace, LinuxSeccomp, Process, Spec};
 use crate::status::{Context, Result, Status};
 use crate::stdio::ProcessEnds;
@@ -22,7 +26,13 @@ use crate::stdio::ProcessEnds;
 /// What the child is to become.
 pub enum Job<'a> {
     Init(&'a Spec),
-    Exec { process: &'a Process, seccomp: Option<&'a LinuxSeccomp>, target: BorrowedFd<'a> },
+    Exec {
+        process: &'a Process,
+        seccomp: Option<&'a LinuxSeccomp>,
+        target: BorrowedFd<'a>,
+        /// The container has users of its own.
+        own_users: bool,
+    },
 }
 
 pub enum Standard<'a> {
@@ -43,6 +53,9 @@ impl Job<'_> {
     pub fn clone_flags(&self) -> CloneFlags {
         let Job::Init(spec) = self else { return CloneFlags::empty() };
         let mut flags = CloneFlags::CLONE_NEWNS;
+        if users::has_namespace(spec) {
+            flags |= CloneFlags::CLONE_NEWUSER;
+        }
         for (kind, flag) in [
             ("pid", CloneFlags::CLONE_NEWPID),
             ("uts", CloneFlags::CLONE_NEWUTS),
@@ -53,6 +66,14 @@ impl Job<'_> {
             }
         }
         flags
+    }
+
+    /// Namespaces of the sandbox that the child can't join once it has users of its own.
+    pub fn namespaces_at_birth(&self) -> Vec<(&str, CloneFlags)> {
+        match self {
+            Job::Init(spec) if users::has_namespace(spec) => shared_namespaces(spec),
+            _ => Vec::new(),
+        }
     }
 
     /// The existing pid namespace that the child is born into.
@@ -101,8 +122,8 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     let process = process.ok_or_else(|| Status::invalid("no process"))?;
     set_oom_score(process.oom_score_adj)?;
     match job {
-        Job::Init(spec) => enter_new(spec)?,
-        Job::Exec { target, .. } => enter_existing(*target)?,
+        Job::Init(spec) => enter_new(spec, socket)?,
+        Job::Exec { target, own_users, .. } => enter_existing(*target, *own_users)?,
     }
     let master = match standard {
         Standard::Terminal => Some(terminal::open(process, matches!(job, Job::Init(_)))?),
@@ -148,29 +169,62 @@ fn set_oom_score(score: i64) -> Result<()> {
         .context(|| format!("setting oom_score_adj to {score}"))
 }
 
-fn enter_new(spec: &Spec) -> Result<()> {
-    for (kind, flag) in [("ipc", CloneFlags::CLONE_NEWIPC), ("uts", CloneFlags::CLONE_NEWUTS)] {
-        if let Some(path) = namespace(spec, kind).filter(|path| !path.is_empty()) {
-            let what = || format!("joining {kind} namespace {path}");
-            let file = std::fs::File::open(path).context(what)?;
-            setns(file, flag).context(what)?;
-        }
-    }
+fn enter_new(spec: &Spec, socket: BorrowedFd<'_>) -> Result<()> {
+    let sources = if users::has_namespace(spec) {
+        // The agent has put the child into the sandbox's namespaces before its birth, and now maps
+        // its users. Sources are opened while files are still passed as the guest's root.
+        from_child::wait_for_go(socket).context(|| "waiting for users".to_owned())?;
+        let sources = Sources::open(spec)?;
+        become_root()?;
+        sources
+    } else {
+        join_shared(spec)?;
+        Sources::open(spec)?
+    };
     if namespace(spec, "cgroup").is_some() {
         unshare(CloneFlags::CLONE_NEWCGROUP).context(|| "cgroup namespace".to_owned())?;
     }
     if namespace(spec, "uts") == Some("") && !spec.hostname.is_empty() {
         sethostname(&spec.hostname).context(|| "hostname".to_owned())?;
     }
-    rootfs::enter(spec)
+    rootfs::enter(spec, sources)
+}
+
+fn join_shared(spec: &Spec) -> Result<()> {
+    for (path, kind) in shared_namespaces(spec) {
+        let what = || format!("joining namespace {path}");
+        let file = std::fs::File::open(path).context(what)?;
+        setns(file, kind).context(what)?;
+    }
+    Ok(())
+}
+
+/// The sandbox's namespaces that the container is to be in.
+pub fn shared_namespaces(spec: &Spec) -> Vec<(&str, CloneFlags)> {
+    [("ipc", CloneFlags::CLONE_NEWIPC), ("uts", CloneFlags::CLONE_NEWUTS)]
+        .into_iter()
+        .filter_map(|(kind, flag)| Some((namespace(spec, kind)?, flag)))
+        .filter(|(path, _)| !path.is_empty())
+        .collect()
+}
+
+/// Root of its own user namespace, so that what it makes belongs to somebody there.
+fn become_root() -> Result<()> {
+    let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
+    setresgid(gid, gid, gid).context(|| "group 0 of the user namespace".to_owned())?;
+    setresuid(uid, uid, uid).context(|| "user 0 of the user namespace".to_owned())
 }
 
 /// The pid namespace is not among these: the child has been born in it.
-fn enter_existing(target: BorrowedFd<'_>) -> Result<()> {
-    let all = CloneFlags::CLONE_NEWNS
+fn enter_existing(target: BorrowedFd<'_>, own_users: bool) -> Result<()> {
+    let mut all = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWCGROUP
         | CloneFlags::CLONE_NEWNET;
-    setns(target, all).context(|| "joining the container's namespaces".to_owned())
+    if own_users {
+        all |= CloneFlags::CLONE_NEWUSER;
+    }
+    setns(target, all).context(|| "joining the container's namespaces".to_owned())?;
+    if own_users { become_root() } else { Ok(()) }
 }

@@ -46,16 +46,25 @@ pub fn clone_into(flags: CloneFlags, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
     i32::try_from(pid).map_err(io::Error::other)
 }
 
-/// Runs `make` so that its child is born in the pid namespace at `path`. The agent itself never
-/// changes its pid namespace; only the one for its children is changed and put back.
-pub fn in_namespace<T>(path: Option<&str>, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let Some(path) = path else { return make() };
-    let own = File::open("/proc/self/ns/pid")?;
-    let wanted = File::open(path)?;
-    setns(wanted.as_fd(), CloneFlags::CLONE_NEWPID)?;
-    let made = make();
-    // In the child this fails, because a namespace above its own can't be entered; nor need it be.
-    let _ = setns(own.as_fd(), CloneFlags::CLONE_NEWPID);
+/// Runs `make` so that its child is born in these namespaces. The agent steps back out of them; in
+/// the child that fails, because namespaces above its own can't be entered, nor need it be.
+pub fn in_namespaces<T>(
+    wanted: &[(&str, CloneFlags)],
+    make: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
+    let Some(((path, kind), rest)) = wanted.split_first() else { return make() };
+    let name = if kind.contains(CloneFlags::CLONE_NEWPID) {
+        "pid"
+    } else if kind.contains(CloneFlags::CLONE_NEWIPC) {
+        "ipc"
+    } else {
+        "uts"
+    };
+    let own = File::open(format!("/proc/self/ns/{name}"))?;
+    let target = File::open(path)?;
+    setns(target.as_fd(), *kind)?;
+    let made = in_namespaces(rest, make);
+    let _ = setns(own.as_fd(), *kind);
     made
 }
 

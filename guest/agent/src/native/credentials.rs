@@ -14,7 +14,7 @@ use nix::unistd::{
 };
 
 use super::seccomp::Filter;
-use crate::pb::grpc::{LinuxCapabilities, PosixRlimit, Process};
+use crate::pb::grpc::{LinuxCapabilities, Process};
 use crate::status::{Context, Result, Status};
 
 /// Source: linux/capability.h, by number.
@@ -61,25 +61,6 @@ const CAPABILITIES: [&str; 41] = [
     "BPF",
     "CHECKPOINT_RESTORE",
 ];
-/// Source: asm-generic/resource.h, by number.
-const LIMITS: [&str; 16] = [
-    "CPU",
-    "FSIZE",
-    "DATA",
-    "STACK",
-    "CORE",
-    "RSS",
-    "NPROC",
-    "NOFILE",
-    "MEMLOCK",
-    "AS",
-    "LOCKS",
-    "SIGPENDING",
-    "MSGQUEUE",
-    "NICE",
-    "RTPRIO",
-    "RTTIME",
-];
 /// Source: linux/capability.h, _LINUX_CAPABILITY_VERSION_3.
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -115,9 +96,6 @@ impl<'a> Program<'a> {
     /// Becomes the program; returns only an error.
     pub fn execute(self, filter: Option<&Filter>) -> Result<()> {
         let process = self.process;
-        for limit in &process.rlimits {
-            set_limit(limit)?;
-        }
         give_streams(process);
         // Without no_new_privs only a privileged process may load a filter, so it comes first and
         // must allow the steps that follow; with it, the filter comes last.
@@ -193,18 +171,6 @@ fn home(uid: u32) -> String {
         (fields.get(2)?.parse() == Ok(uid)).then(|| fields.get(5).map(ToString::to_string))?
     });
     found.filter(|home| !home.is_empty()).unwrap_or_else(|| "/".to_owned())
-}
-
-fn set_limit(limit: &PosixRlimit) -> Result<()> {
-    let name = limit.r#type.strip_prefix("RLIMIT_").unwrap_or(&limit.r#type);
-    let number = LIMITS.iter().position(|known| *known == name);
-    let number = number.ok_or_else(|| Status::invalid(format!("limit {:?}", limit.r#type)))?;
-    let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
-    let resource = u32::try_from(number).context(|| limit.r#type.clone())?;
-    // SAFETY: setrlimit reads one structure from the pointer, which is valid for the call.
-    let result = unsafe { libc::setrlimit(resource, &raw const value) };
-    Errno::result(result).context(|| format!("setting {}", limit.r#type))?;
-    Ok(())
 }
 
 /// A program that runs as somebody else may open /dev/stdout, which is one of these.

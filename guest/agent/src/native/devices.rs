@@ -3,7 +3,7 @@
 //! Source: OCI runtime-spec config-linux.md "Default Devices", "Device allowed list".
 
 use std::cell::RefCell;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -13,6 +13,7 @@ use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, makedev, mknodat};
 use nix::unistd::{Gid, Uid, fchownat, symlinkat};
 
 use super::rootfs::{ensure, open_in};
+use super::tree::Tree;
 use crate::pb::grpc::{LinuxDevice, LinuxDeviceCgroup, LinuxResources};
 use crate::status::{Context, Result, Status};
 
@@ -83,11 +84,29 @@ fn make(root: BorrowedFd<'_>, device: &LinuxDevice) -> Result<()> {
             open_in(root, path, OFlag::O_PATH).context(what)?;
             return Ok(());
         }
+        Err(Errno::EPERM) => return show(root, path, kind, number),
         Err(error) => return Err(Status::internal(error.to_string())),
     }
     fchmodat(&directory, name, mode, FchmodatFlags::FollowSymlink).context(what)?;
     let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
     fchownat(&directory, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW).context(what)
+}
+
+/// In a user namespace nodes can't be made; the guest's own is shown instead.
+fn show(root: BorrowedFd<'_>, path: &Path, kind: SFlag, number: u64) -> Result<()> {
+    let entries = std::fs::read_dir("/dev").context(|| "/dev".to_owned())?;
+    let own = entries.flatten().map(|entry| entry.path()).find(|own| {
+        let status = nix::sys::stat::lstat(own);
+        status.is_ok_and(|status| {
+            SFlag::from_bits_truncate(status.st_mode & libc::S_IFMT) == kind
+                && status.st_rdev == number
+        })
+    });
+    let own = own.ok_or_else(|| Status::internal("the guest has no such device"))?;
+    let tree = Tree::open(&own.to_string_lossy(), false).context(|| "opening it".to_owned())?;
+    let place = ensure(root, path, false).context(|| "its place".to_owned())?;
+    tree.place(place.as_fd()).context(|| "binding it".to_owned())?;
+    Ok(())
 }
 
 // eBPF. Source: bpf(2), linux/bpf.h, linux/bpf_common.h.

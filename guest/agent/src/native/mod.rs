@@ -1,7 +1,7 @@
 //! Containers made by the agent itself: one fork a container or exec, no program of a runtime.
 //!
 //! crun costs 100-200 ms a verb in an emulated guest, most of it for starting the program; this
-//! costs a fork. What is not done here (user namespaces, hooks) is left to crun by [`supports`].
+//! costs a fork. What is not done here (hooks) is left to crun by [`supports`].
 //!
 //! ```text
 //! agent                         child
@@ -21,11 +21,15 @@ mod seccomp;
 mod sync;
 mod syscalls;
 mod terminal;
+mod tree;
+mod users;
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
+
+use nix::sched::CloneFlags;
 
 use crate::cgroup::Cgroup;
 use crate::io::Pollable;
@@ -45,6 +49,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Default)]
 pub struct Waiting(RefCell<Option<Pollable>>);
 
+pub use self::users::has_namespace as has_own_users;
+
 /// Whether this runtime can make the container; otherwise crun must.
 pub fn supports(spec: &Spec) -> bool {
     let hooks = spec.hooks.as_ref().is_none_or(|hooks| {
@@ -55,10 +61,7 @@ pub fn supports(spec: &Spec) -> bool {
             && hooks.poststart.is_empty()
             && hooks.poststop.is_empty()
     });
-    let linux = spec.linux.as_ref();
-    let no_user_namespace =
-        linux.is_none_or(|linux| !linux.namespaces.iter().any(|ns| ns.r#type == "user"));
-    hooks && no_user_namespace
+    hooks
 }
 
 /// Makes the container, stopped before its program.
@@ -75,6 +78,9 @@ pub async fn create(
     }
     devices::restrict(directory.as_fd(), resources)?;
     let (launched, socket) = launch(reaper, Job::Init(spec), io, Some(directory), None).await?;
+    if let Some(process) = &spec.process {
+        users::set_limits(launched.pid, &process.rlimits)?;
+    }
     Ok((launched, Waiting(RefCell::new(Some(socket)))))
 }
 
@@ -94,20 +100,30 @@ pub async fn start(waiting: &Waiting) -> Result<()> {
     within_deadline(sync::executed(&socket)).await
 }
 
-/// Runs a process in the namespaces of the container whose init has this pid.
+/// The process whose namespaces an exec joins.
+#[derive(Clone, Copy)]
+pub struct Init {
+    pub pid: i32,
+    /// The container has users of its own.
+    pub own_users: bool,
+}
+
+/// Runs a process in the namespaces of the container's init.
 pub async fn exec(
     reaper: &Reaper,
     process: &Process,
     seccomp: Option<&LinuxSeccomp>,
-    init_pid: i32,
+    init: Init,
     cgroup: &Cgroup,
     io: ProcessIo,
 ) -> Result<Launched> {
-    let target = clone::open_pidfd(init_pid)
+    let target = clone::open_pidfd(init.pid)
         .context(|| "the container's init has ended; its namespaces can't be joined".to_owned())?;
     let directory = File::open(&cgroup.path).ok().map(OwnedFd::from);
-    let job = Job::Exec { process, seccomp, target: target.as_fd() };
-    let (launched, socket) = launch(reaper, job, io, directory, Some(init_pid)).await?;
+    let own_users = init.own_users;
+    let job = Job::Exec { process, seccomp, target: target.as_fd(), own_users };
+    let (launched, socket) = launch(reaper, job, io, directory, Some(init.pid)).await?;
+    users::set_limits(launched.pid, &process.rlimits)?;
     sync::tell(&socket).await.context(|| "telling the process to start".to_owned())?;
     let executed = within_deadline(sync::executed(&socket)).await;
     if executed.is_err() {
@@ -129,8 +145,12 @@ async fn launch(
         ProcessIo::Terminal => Standard::Terminal,
     };
     let flags = job.clone_flags();
-    let namespace = job.pid_namespace(pid_namespace_of);
-    let cloned = clone::in_namespace(namespace.as_deref(), || {
+    let pid_namespace = job.pid_namespace(pid_namespace_of);
+    let mut namespaces = job.namespaces_at_birth();
+    if let Some(path) = &pid_namespace {
+        namespaces.push((path, CloneFlags::CLONE_NEWPID));
+    }
+    let cloned = clone::in_namespaces(&namespaces, || {
         clone::clone_into(flags, cgroup.as_ref().map(AsFd::as_fd))
     });
     let pid = match cloned.context(|| "making a process".to_owned())? {
@@ -138,10 +158,15 @@ async fn launch(
         pid => pid,
     };
     drop(theirs);
-    drop(io);
     let exit = reaper.claim(pid);
     let socket = Pollable::new(ours).context(|| "socket pair".to_owned())?;
-    match within_deadline(sync::ready(&socket)).await {
+    let prepared = prepare_users(&job, &io, pid, &socket).await;
+    drop(io);
+    let ready = match prepared {
+        Ok(()) => within_deadline(sync::ready(&socket)).await,
+        Err(status) => Err(status),
+    };
+    match ready {
         Ok(master) => {
             let terminal = master.map(Pollable::new).transpose();
             let terminal = terminal.context(|| "tty".to_owned())?;
@@ -153,6 +178,19 @@ async fn launch(
             Err(status)
         }
     }
+}
+
+/// Maps the users of a container that has its own, and lets its child go on.
+async fn prepare_users(job: &Job<'_>, io: &ProcessIo, pid: i32, socket: &Pollable) -> Result<()> {
+    let Job::Init(spec) = job else { return Ok(()) };
+    if !users::has_namespace(spec) {
+        return Ok(());
+    }
+    users::map(pid, spec)?;
+    if let (ProcessIo::Pipes(ends), Some(process)) = (io, &spec.process) {
+        users::give_streams(ends, process, spec);
+    }
+    sync::tell(socket).await.context(|| "telling the child of its users".to_owned())
 }
 
 async fn within_deadline<T>(step: impl Future<Output = Result<T>>) -> Result<T> {

@@ -16,7 +16,8 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{chdir, fchdir, pivot_root};
 
 use super::devices;
-use crate::mount_options;
+use super::tree::{Sources, Tree};
+use crate::mount_options::{self, MountOptions};
 use crate::pb::grpc::{Linux, Mount, Spec};
 use crate::status::{Context, Result, Status};
 
@@ -27,30 +28,20 @@ const MAX_LINKS: usize = 40;
 const NOT_FOR_THE_KERNEL: [&str; 4] = ["tmpcopyup", "copy", "nocopy", "rro"];
 
 /// Builds the root in the new mount namespace and makes it `/`.
-pub fn enter(spec: &Spec) -> Result<()> {
+pub fn enter(spec: &Spec, sources: Sources) -> Result<()> {
     let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
     let default = Linux::default();
     let linux = spec.linux.as_ref().unwrap_or(&default);
     let propagation = propagation(&linux.rootfs_propagation);
     change("/", propagation | MsFlags::MS_REC).context(|| "propagation of /".to_owned())?;
     let what = || format!("root filesystem {}", root.path);
-    mount(
-        Some(root.path.as_str()),
-        root.path.as_str(),
-        None::<&str>,
-        MsFlags::MS_BIND | MsFlags::MS_REC,
-        None::<&str>,
-    )
-    .context(what)?;
-    let directory = nix::fcntl::open(
-        root.path.as_str(),
-        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .context(what)?;
+    // The container's root is put over the agent's, so that it has a parent as pivot_root wants it.
+    let over = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+    let over = over.context(what)?;
+    let directory = sources.root.place(over.as_fd()).context(what)?;
     let root_fd = directory.as_fd();
-    for mount in &spec.mounts {
-        mount_one(root_fd, mount).map_err(|status| {
+    for (mount, source) in spec.mounts.iter().zip(sources.binds) {
+        mount_one(root_fd, mount, source).map_err(|status| {
             Status::new(status.code, format!("mount on {}: {status}", mount.destination))
         })?;
     }
@@ -162,11 +153,12 @@ fn make_place(
     Ok(parent)
 }
 
-fn is_bind(mount: &Mount) -> bool {
+/// Whether a mount shows something that is there already.
+pub fn is_bind(mount: &Mount) -> bool {
     mount.r#type == "bind" || mount.options.iter().any(|o| o == "bind" || o == "rbind")
 }
 
-fn mount_one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<()> {
+fn mount_one(root: BorrowedFd<'_>, wanted: &Mount, source: Option<Tree>) -> Result<()> {
     let options: Vec<String> = wanted
         .options
         .iter()
@@ -174,52 +166,61 @@ fn mount_one(root: BorrowedFd<'_>, wanted: &Mount) -> Result<()> {
         .cloned()
         .collect();
     let options = mount_options::parse(&options);
-    let bind = is_bind(wanted);
     let destination = Path::new(&wanted.destination);
-    let is_directory = if bind {
-        let source =
-            fs::metadata(&wanted.source).context(|| format!("source {}", wanted.source))?;
-        source.is_dir()
-    } else {
-        true
-    };
+    let is_directory = source.as_ref().is_none_or(|source| source.is_directory);
     let place = ensure(root, destination, is_directory).context(|| "mount point".to_owned())?;
-    let target = by_descriptor(&place);
-    let flags = options.flags.mount;
-    if bind {
-        let recursive = flags & MsFlags::MS_REC;
-        mount(
-            Some(wanted.source.as_str()),
-            target.as_str(),
-            None::<&str>,
-            MsFlags::MS_BIND | recursive,
-            None::<&str>,
-        )
-        .context(|| format!("binding {}", wanted.source))?;
-    } else {
-        let fstype = if wanted.r#type == "cgroup" { "cgroup2" } else { wanted.r#type.as_str() };
-        let data = if fstype == "cgroup2" { "" } else { options.data.as_str() };
-        mount(
-            Some(wanted.source.as_str()),
-            target.as_str(),
-            Some(fstype),
-            flags - MsFlags::MS_REC,
-            Some(data),
-        )
-        .context(|| format!("mounting {fstype}"))?;
-    }
-    // What was opened before is now below the mount.
-    let top = open_in(root, destination, OFlag::O_PATH).context(|| "mount point".to_owned())?;
-    let target = by_descriptor(&top);
-    let rest = flags - MsFlags::MS_BIND - MsFlags::MS_REC;
-    if bind && !rest.is_empty() {
+    let Some(source) = source else {
+        mount_filesystem(wanted, &options, &place)?;
+        // What was opened before is now below the mount.
+        let top = open_in(root, destination, OFlag::O_PATH).context(|| "mount point".to_owned())?;
+        return set_propagation(&top, options.flags.propagation);
+    };
+    let top = source.place(place.as_fd()).context(|| format!("binding {}", wanted.source))?;
+    let rest = options.flags.mount - MsFlags::MS_BIND - MsFlags::MS_REC;
+    if !rest.is_empty() {
+        let target = by_descriptor(&top);
         let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | kept_flags(&target);
         change(&target, again).context(|| "setting the options of the bind".to_owned())?;
     }
-    if !options.flags.propagation.is_empty() {
-        change(&target, options.flags.propagation).context(|| "propagation".to_owned())?;
+    let default = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+    let asked = options.flags.propagation;
+    set_propagation(&top, if asked.is_empty() { default } else { asked })
+}
+
+fn set_propagation(top: &OwnedFd, propagation: MsFlags) -> Result<()> {
+    if propagation.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    change(&by_descriptor(top), propagation).context(|| "propagation".to_owned())
+}
+
+fn mount_filesystem(wanted: &Mount, options: &MountOptions, place: &OwnedFd) -> Result<()> {
+    let fstype = if wanted.r#type == "cgroup" { "cgroup2" } else { wanted.r#type.as_str() };
+    let data = if fstype == "cgroup2" { "" } else { options.data.as_str() };
+    let flags = options.flags.mount - MsFlags::MS_REC;
+    let target = by_descriptor(place);
+    let mounted =
+        mount(Some(wanted.source.as_str()), target.as_str(), Some(fstype), flags, Some(data));
+    match (mounted, fstype) {
+        // In a user namespace: the network and the message queues are the sandbox's, and so are
+        // their filesystems. The guest's /sys serves; queues work without theirs being mounted.
+        (Err(Errno::EPERM), "sysfs") => {
+            let sys = Tree::open("/sys", true).context(|| "/sys".to_owned())?;
+            let top = sys.place(place.as_fd()).context(|| "binding /sys".to_owned())?;
+            let target = by_descriptor(&top);
+            let again = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | kept_flags(&target);
+            change(&target, again).context(|| "/sys".to_owned())
+        }
+        (Err(Errno::EPERM), "mqueue") => Ok(()),
+        // The guest's own cgroup2 is there already, with that /sys; the container's goes over it.
+        (Err(Errno::EBUSY), "cgroup2") => {
+            let tree = Tree::filesystem(fstype).context(|| "making cgroup2".to_owned())?;
+            let top = tree.place(place.as_fd()).context(|| "mounting cgroup2".to_owned())?;
+            let again = flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+            change(&by_descriptor(&top), again).context(|| "cgroup2".to_owned())
+        }
+        (mounted, _) => mounted.context(|| format!("mounting {fstype}")),
+    }
 }
 
 /// Flags of the mount at a path, which a remount would otherwise take away.

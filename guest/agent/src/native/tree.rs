@@ -1,0 +1,101 @@
+//! Mounts held by a descriptor before they have a place: bind sources and the root.
+//!
+//! They are opened first, while the process can still pass every directory on the way to them, and
+//! put in place by descriptor, so that no path of the container's decides where.
+//! Source: open_tree(2), move_mount(2).
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use super::rootfs::is_bind;
+use crate::pb::grpc::Spec;
+use crate::status::{Context, Result, Status};
+
+/// A copy of the mounts at a path, that nobody else can see.
+pub struct Tree {
+    fd: OwnedFd,
+    pub is_directory: bool,
+}
+
+impl Tree {
+    pub fn open(path: &str, recursive: bool) -> io::Result<Self> {
+        let name = CString::new(path)?;
+        let mut flags = libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned();
+        if recursive {
+            flags |= libc::AT_RECURSIVE.cast_unsigned();
+        }
+        // SAFETY: open_tree reads a NUL-terminated string that lives for the call.
+        let fd =
+            unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, name.as_ptr(), flags) };
+        let fd = owned(fd)?;
+        let is_directory = fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))?.is_dir();
+        Ok(Self { fd, is_directory })
+    }
+
+    /// A filesystem without options that has no place yet. Source: fsopen(2), fsmount(2).
+    pub fn filesystem(fstype: &str) -> io::Result<Self> {
+        const CREATE: libc::c_uint = 6; // FSCONFIG_CMD_CREATE
+        const CLOSE_ON_EXEC: libc::c_uint = 1; // FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
+        let name = CString::new(fstype)?;
+        let none = std::ptr::null::<libc::c_char>();
+        // SAFETY: fsopen reads a NUL-terminated string that lives for the call.
+        let context = unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), CLOSE_ON_EXEC) };
+        let context = owned(context)?;
+        let fd = context.as_raw_fd();
+        // SAFETY: this command of fsconfig takes no key and no value.
+        let made = unsafe { libc::syscall(libc::SYS_fsconfig, fd, CREATE, none, none, 0) };
+        Errno::result(made)?;
+        // SAFETY: fsmount takes a descriptor and numbers.
+        let fd = owned(unsafe { libc::syscall(libc::SYS_fsmount, fd, CLOSE_ON_EXEC, 0) })?;
+        Ok(Self { fd, is_directory: true })
+    }
+
+    /// Mounts it on an open file or directory; its descriptor then is the top of that place.
+    pub fn place(self, target: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
+        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+        let (from, to) = (self.fd.as_fd().as_raw_fd(), target.as_raw_fd());
+        let here = c"".as_ptr();
+        // SAFETY: move_mount reads two empty strings and takes two descriptors.
+        let result = unsafe { libc::syscall(libc::SYS_move_mount, from, here, to, here, flags) };
+        Errno::result(result)?;
+        Ok(self.fd)
+    }
+}
+
+/// The descriptor that a system call has returned.
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(Errno::result(result)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for the caller, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The trees that a spec names.
+pub struct Sources {
+    pub root: Tree,
+    /// One for each mount of the spec; none if it is not a bind.
+    pub binds: Vec<Option<Tree>>,
+}
+
+impl Sources {
+    pub fn open(spec: &Spec) -> Result<Self> {
+        let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
+        let binds = spec.mounts.iter().map(|mount| {
+            if !is_bind(mount) {
+                return Ok(None);
+            }
+            let recursive = mount.options.iter().any(|option| option == "rbind");
+            let tree = Tree::open(&mount.source, recursive);
+            tree.map(Some)
+                .context(|| format!("mount on {}: source {}", mount.destination, mount.source))
+        });
+        Ok(Self {
+            root: Tree::open(&root.path, true)
+                .context(|| format!("root filesystem {}", root.path))?,
+            binds: binds.collect::<Result<_>>()?,
+        })
+    }
+}
