@@ -1,12 +1,12 @@
 //! Records of containers and their processes. No system calls here except by their owners' types.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 use nix::sys::signal::Signal;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, oneshot};
 
 use crate::cgroup::Cgroup;
 use crate::native;
@@ -22,8 +22,8 @@ pub struct Process {
     pub pid: i32,
     pub exit: Rc<Exit>,
     pub io: Stdio,
-    /// Somebody has been told how it ended.
-    pub waited: Cell<bool>,
+    /// Set when somebody has been told how it ended; whoever forgets the record then hears of it.
+    pub waited: OnceCell<oneshot::Sender<()>>,
 }
 
 impl Process {
@@ -95,8 +95,17 @@ impl Container {
     pub fn forget_if_done(&self, exec_id: &str) {
         let mut execs = self.execs.borrow_mut();
         if let Some(process) = execs.get(exec_id)
-            && process.waited.get()
+            && process.waited.get().is_some()
             && process.io.is_drained()
+        {
+            execs.remove(exec_id);
+        }
+    }
+
+    /// Forgets this exec process, not another that has come to have its id.
+    pub fn forget(&self, exec_id: &str, process: &Weak<Process>) {
+        let mut execs = self.execs.borrow_mut();
+        if execs.get(exec_id).is_some_and(|present| Weak::ptr_eq(&Rc::downgrade(present), process))
         {
             execs.remove(exec_id);
         }

@@ -1,6 +1,6 @@
 //! RPCs on containers: create, start, pause, update, remove.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -77,7 +77,7 @@ impl Agent {
             engine,
             bundle: bundle.to_owned(),
             cgroup,
-            init: Rc::new(Process { pid, exit, io, waited: false.into() }),
+            init: Rc::new(Process { pid, exit, io, waited: OnceCell::new() }),
             execs: RefCell::default(),
             storages: std::mem::take(storages),
             init_spec,

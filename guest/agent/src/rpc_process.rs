@@ -1,9 +1,11 @@
 //! RPCs on processes: exec, signals, exit statuses, standard streams.
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tokio::sync::oneshot;
 
 use crate::agent::Agent;
 use crate::container::{Container, Engine, Process, check_id};
@@ -40,7 +42,7 @@ impl Agent {
                 }
             })
             .await?;
-        let record = Process { pid: launched.0, exit: launched.1, io, waited: false.into() };
+        let record = Process { pid: launched.0, exit: launched.1, io, waited: OnceCell::new() };
         container.execs.borrow_mut().insert(request.exec_id, Rc::new(record));
         Ok(())
     }
@@ -90,14 +92,15 @@ impl Agent {
         let process = container.process(&request.exec_id)?;
         let (status, _) = process.exit.wait().await;
         self.oom.look();
-        if !process.waited.replace(true) && !Rc::ptr_eq(&process, &container.init) {
-            let (container, exec_id) = (container.clone(), request.exec_id);
+        let (waited, forgotten) = oneshot::channel();
+        let is_exec = !Rc::ptr_eq(&process, &container.init);
+        if is_exec && process.waited.set(waited).is_ok() {
+            container.forget_if_done(&request.exec_id);
+            // Weak, so that the record's descriptors are closed when it is forgotten.
+            let (container, process) = (container.clone(), Rc::downgrade(&process));
             tokio::task::spawn_local(async move {
-                container.forget_if_done(&exec_id);
-                tokio::time::sleep(KEEP_ENDED).await;
-                let mut execs = container.execs.borrow_mut();
-                if execs.get(&exec_id).is_some_and(|present| Rc::ptr_eq(present, &process)) {
-                    execs.remove(&exec_id);
+                if tokio::time::timeout(KEEP_ENDED, forgotten).await.is_err() {
+                    container.forget(&request.exec_id, &process);
                 }
             });
         }
