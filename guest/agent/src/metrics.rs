@@ -153,6 +153,9 @@ fn agent_itself(text: &mut Text) {
             text.value("kata_agent_proc_status", &[("item", &key)], value);
         }
     }
+    let descriptors = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    text.family("kata_agent_open_fds", "Open descriptors of the agent.");
+    text.value("kata_agent_open_fds", &[], &descriptors.to_string());
     let threads = status.lines().find_map(|line| line.strip_prefix("Threads:"));
     text.family("kata_agent_threads", "Threads of the agent.");
     text.value("kata_agent_threads", &[], threads.unwrap_or("0").trim());

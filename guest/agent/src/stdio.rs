@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::pipe2;
+use nix::unistd::{self, pipe2};
 use tokio::time::Instant;
 
 use crate::io::Pollable;
@@ -18,6 +18,8 @@ use crate::status::{Code, Context, Result, Status};
 
 /// Largest piece of one read; shims ask for 32 KiB.
 const MAX_READ_BYTES: usize = 1 << 20;
+/// A buffer is not smaller, whatever is said to be waiting.
+const LEAST_BUFFER_BYTES: usize = 4096;
 /// How long output is waited for after its process has ended while others hold the stream open.
 /// Source: kata agent protocol, "EOF": drains up to 500 ms.
 const DRAIN: Duration = Duration::from_millis(500);
@@ -41,23 +43,34 @@ impl Output {
         if self.ended.get() {
             return Ok(Vec::new());
         }
-        let mut data = vec![0; wanted.clamp(1, MAX_READ_BYTES)];
+        let wanted = wanted.clamp(1, MAX_READ_BYTES);
         let result = tokio::select! {
             biased;
-            result = self.source.read(&mut data) => result,
-            () = self.drain_is_over() => self.read_left_over(&mut data),
+            result = self.read_available(wanted) => result,
+            () = self.drain_is_over() => self.read_left_over(wanted),
         };
-        let count = match result {
-            Ok(count) => count,
+        let data = match result {
+            Ok(data) => data,
             // A terminal whose last slave has been closed.
-            Err(error) if error.raw_os_error() == Some(libc::EIO) => 0,
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => Vec::new(),
             Err(error) => return Err(Status::internal(format!("reading output: {error}"))),
         };
-        if count == 0 {
+        if data.is_empty() {
             self.ended.set(true);
         }
-        data.truncate(count);
         Ok(data)
+    }
+
+    /// Waits first and then makes a buffer of what is there: readers that wait hold no memory.
+    async fn read_available(&self, wanted: usize) -> io::Result<Vec<u8>> {
+        self.source
+            .when_readable(|fd| {
+                let mut data = vec![0; bytes_waiting(fd).max(LEAST_BUFFER_BYTES).min(wanted)];
+                let count = unistd::read(fd, &mut data)?;
+                data.truncate(count);
+                Ok(data)
+            })
+            .await
     }
 
     async fn drain_is_over(&self) {
@@ -65,23 +78,21 @@ impl Output {
         tokio::time::sleep_until(Instant::from_std(at) + DRAIN).await;
     }
 
-    fn read_left_over(&self, data: &mut [u8]) -> io::Result<usize> {
-        let left = match self.left_after_drain.get() {
-            Some(left) => left,
-            None => bytes_waiting(&self.source)?,
-        };
-        let wanted = left.min(data.len());
-        if wanted == 0 {
-            return Ok(0);
+    fn read_left_over(&self, wanted: usize) -> io::Result<Vec<u8>> {
+        let left = self.left_after_drain.get().unwrap_or_else(|| bytes_waiting(&*self.source));
+        let mut data = vec![0; left.min(wanted)];
+        if data.is_empty() {
+            return Ok(data);
         }
-        match self.source.read_now(&mut data[..wanted]) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            Err(error) => Err(error),
+        match self.source.read_now(&mut data) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => data.clear(),
+            Err(error) => return Err(error),
             Ok(count) => {
                 self.left_after_drain.set(Some(left - count));
-                Ok(count)
+                data.truncate(count);
             }
         }
+        Ok(data)
     }
 
     pub fn has_ended(&self) -> bool {
@@ -92,11 +103,12 @@ impl Output {
 nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
 nix::ioctl_write_ptr_bad!(tiocswinsz, libc::TIOCSWINSZ, libc::winsize);
 
-fn bytes_waiting(source: &Pollable) -> io::Result<usize> {
+/// How much a read would find; 0 also where nobody can tell.
+fn bytes_waiting(source: &impl AsRawFd) -> usize {
     let mut count = 0;
     // SAFETY: FIONREAD writes one int to the pointer, which is valid for the call.
-    unsafe { fionread(source.as_raw_fd(), &raw mut count) }?;
-    Ok(usize::try_from(count).unwrap_or(0))
+    let result = unsafe { fionread(source.as_raw_fd(), &raw mut count) };
+    if result.is_ok() { usize::try_from(count).unwrap_or(0) } else { 0 }
 }
 
 /// The agent's ends.
