@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from hypervisors.base import Hypervisor, VirtualMachine
     from hypervisors.child import ChildRecord
     from hypervisors.helper import Helper
+    from hypervisors.machine import NetDevice
     from shimv2.journal import Entry, Journal
     from shimv2.kernel_vsock import KernelVsockDescriptor
     from shimv2.machine_plan import MachinePlan
@@ -151,6 +152,7 @@ class Machine:
         self._entries: list[Entry] = []
         self._kernel_vsock: KernelVsockDescriptor | None = None
         self._scope = trio.CancelScope()
+        self._network: tuple[NetDevice, ...] = ()
         self._is_closing = False
         self._helper_loss = ""
         self.launched = trio.Event()
@@ -174,13 +176,16 @@ class Machine:
     def vm_exit(self) -> VmExit | None:
         return self.vm.exit if self.vm is not None else None
 
-    async def boot(self) -> AgentClient:
+    async def boot(self, network: tuple[NetDevice, ...] = ()) -> AgentClient:
         """Boot and connect. On failure the caller calls `aclose`; cancelling is safe.
+
+        The descriptors of `network` stay the caller's; when `launched` is set it may close them.
 
         Raises:
             Unavailable: a part died meanwhile, with its reason.
             HypervisorError, AgentError: a step failed.
         """
+        self._network = network
         with self._scope:
             await self._boot()
         if self.agent is None or self.death is not None:
@@ -369,7 +374,9 @@ class Machine:
             if self._kernel_vsock is not None
             else _unix_vsock(self._state)
         )
-        return machine_spec(self._sandbox_id, self._plan, self._state, vsock, ready_port)
+        return machine_spec(
+            self._sandbox_id, self._plan, self._state, vsock, ready_port, self._network
+        )
 
 
 def _unix_vsock(state: StateDir) -> UnixVsock:
@@ -384,6 +391,7 @@ def machine_spec(
     state: StateDir,
     vsock: KernelVsockDevice | UnixVsock,
     ready_port: int,
+    network: tuple[NetDevice, ...] = (),
 ) -> MachineSpec:
     """What the backend is asked for. Pure."""
     share = SharedDirectory(id="share0", tag=SHARE_TAG, socket=state.socket(_SHARE_SOCKET))
@@ -400,7 +408,7 @@ def machine_spec(
         run_dir=state.directory,
         accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration
         machine_type=plan.machine_type,
-        devices=(share, vsock, Rng()),
+        devices=(share, vsock, Rng(), *network),
         hotplug_ports=plan.hotplug_ports,
         unprivileged=plan.unprivileged,
     )

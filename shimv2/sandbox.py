@@ -43,7 +43,7 @@ from shimv2.oom_watch import watch_oom
 from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
 from shimv2.rootfs import GuestPaths, MountCalls, Share, sandbox_dns
-from shimv2.sandbox_network import namespace_path
+from shimv2.sandbox_network import SandboxNetwork, namespace_path
 from shimv2.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Sandbox:
         self._parts = parts
         self._jobs = Jobs(self._defect)
         self._machine: Machine | None = None
+        self._network: SandboxNetwork | None = None
         self._journal: Journal | None = None
         self._share: Share | None = None
         self._config: RuntimeConfig | None = None
@@ -314,16 +315,20 @@ class Sandbox:
             async def prepare() -> None:
                 # The guest's kernel takes a second to come up; until it does, this costs nothing.
                 await machine.launched.wait()
+                network.vmm_started()
                 await container.open_stdio(container.init)
                 prepared.append(self._add_to_share(container, creation))
                 timeline.mark("rootfs")
 
             undo.push_async_callback(self._close_stdio, container)
             try:
+                network = await self._open_network(container.bundle, self._configure(creation))
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(prepare)
-                    await machine.boot()
+                    nursery.start_soon(network.wire)
+                    await machine.boot(network.devices)
                 timeline.enter("setting up the sandbox in the guest")
+                await network.configure(self.agent)
                 request = sandbox_request(container.bundle, sandbox_dns(container.bundle))
                 await self.agent.create_sandbox(request)
                 timeline.mark("sandbox")
@@ -337,6 +342,9 @@ class Sandbox:
             timeline.mark("created")
             undo.pop_all()
         self._is_up.set()
+        can_grow = network.has_namespace and self._configure(creation).hypervisor.hotplug_ports > 0
+        if can_grow and machine.vm is not None and not self.ended.is_set():
+            self.start_job(network.follow, self.agent, machine.vm.attach, self._tell_network)
 
     async def _join(self, container: Container, creation: Creation) -> None:
         """Add a container to the VM that is there, or is about to be."""
@@ -415,6 +423,21 @@ class Sandbox:
             ),
         )
         return self._machine
+
+    async def _open_network(self, bundle: Bundle, config: RuntimeConfig) -> SandboxNetwork:
+        """Look into the pod's network namespace: the VMM must have the taps at its launch."""
+        assert self._journal is not None
+        path, vcpus = namespace_path(bundle.spec), plan_machine(config).vcpus
+        network = await SandboxNetwork.open(path, config, self._journal, vcpus=vcpus)
+        self._network = network
+        for note in network.notes:
+            self._tell_network(note)
+        if network.devices:
+            self.timeline.mark("network")
+        return network
+
+    def _tell_network(self, text: str) -> None:
+        self.log.warning("network", text=text)
 
     def _add_to_share(self, container: Container, creation: Creation) -> GuestPaths:
         assert self._share is not None
@@ -511,12 +534,16 @@ class Sandbox:
     async def _stop_machine(self) -> None:
         if self._machine is not None:
             await self._machine.aclose()
+        if self._network is not None:
+            for problem in await self._network.aclose():
+                self._tell_network(problem)
 
     async def _take_down_shielded(self) -> None:
         with trio.CancelScope(shield=True):  # every step of it has a bound of its own
             await self._take_down("the sandbox could not be created")
         # Nothing is left of the attempt; another may follow.
         self._machine = None
+        self._network = None
         self._config = None
         self.ended = trio.Event()
         self._reason = ""
@@ -535,7 +562,7 @@ class Sandbox:
             journal, self._journal = self._journal, None
             for problem in journal.undo():
                 self.log.warning("cleanup", problem=problem)
-            left = [entry for entry in journal.held if entry.kind == "process"]
+            left = [entry for entry in journal.held if entry.kind in ("process", "network")]
             journal.close()
             if not left:
                 for problem in self._state_dir.remove():

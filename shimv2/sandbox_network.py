@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from agent_proto.errors import AgentError
 from hypervisors.errors import HypervisorError
 from hypervisors.machine import GuestAddress, NetDevice
@@ -50,7 +52,7 @@ def namespace_path(spec: dict[str, Any]) -> Path | None:
 
 
 class SandboxNetwork:
-    """One sandbox's network; made by `open`, ended by `aclose`."""
+    """One sandbox's network; made by `open`, ended by `aclose`, whatever else goes on then."""
 
     def __init__(self, journal: Journal) -> None:
         self.devices: tuple[NetDevice, ...] = ()
@@ -59,6 +61,9 @@ class SandboxNetwork:
         self._pod: PodNetwork | None = None
         self._vhost_fds: list[int] = []
         self._has_vhost = False
+        self._working = trio.Lock()  # `wire`, a change and the end come from tasks of their own
+        self._life = trio.CancelScope()  # of `follow`
+        self._is_closed = False
 
     @classmethod
     async def open(
@@ -83,6 +88,11 @@ class SandboxNetwork:
         return made
 
     @property
+    def has_namespace(self) -> bool:
+        """Tell whether the pod has a network namespace, in which interfaces are or may come."""
+        return self._pod is not None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on what of the pod's network the guest does not get; for the log."""
         return self._pod.notes if self._pod is not None else ()
@@ -97,8 +107,9 @@ class SandboxNetwork:
 
     async def wire(self) -> None:
         """Join the taps to the pod's links. Meant to run beside the boot; raises NetnsError."""
-        if self._pod is not None:
-            await self._pod.wire()
+        async with self._working:
+            if self._pod is not None and not self._is_closed:
+                await self._pod.wire()
 
     def vmm_started(self) -> None:
         """Close our copies of the descriptors, so that the taps go when the VMM does."""
@@ -118,18 +129,22 @@ class SandboxNetwork:
         await self._configure_tables(agent)
 
     async def follow(self, agent: AgentClient, attach: Attach, tell: Tell) -> None:
-        """Give the guest what comes to the pod's network later; runs until cancelled.
+        """Give the guest what comes to the pod's network later; runs until `aclose`.
 
         A change that can't be carried over is told, and the next one waited for: the pod lives on.
         """
+        if self._pod is None:
+            return
         from netns.errors import NetnsError
 
-        while self._pod is not None:
-            await self._pod.wait_changed()
-            try:
-                await self._carry_over(self._pod, agent, attach)
-            except (NetnsError, HypervisorError, AgentError) as error:
-                tell(f"a change of the pod's network did not reach the guest: {error}")
+        with self._life:
+            while not self._is_closed:
+                await self._pod.wait_changed()
+                try:
+                    async with self._working:
+                        await self._carry_over(self._pod, agent, attach)
+                except (NetnsError, HypervisorError, AgentError) as error:
+                    tell(f"a change of the pod's network did not reach the guest: {error}")
 
     async def _carry_over(self, pod: PodNetwork, agent: AgentClient, attach: Attach) -> None:
         before = {endpoint.ifindex: endpoint for endpoint in self.endpoints}
@@ -155,12 +170,16 @@ class SandboxNetwork:
 
         Call it when the VMM is dead; within `netns.network.UNDO_S`. Idempotent.
         """
-        problems = await self._pod.aclose() if self._pod is not None else []
-        self.vmm_started()
-        if self._entry is not None and not problems:
-            self._journal.release(self._entry)
-            self._entry = None
-        return problems
+        self._is_closed = True
+        self._life.cancel()
+        # A `wire` under way ends first: within its own bound, and at once with its sandbox.
+        async with self._working:
+            problems = await self._pod.aclose() if self._pod is not None else []
+            self.vmm_started()
+            if self._entry is not None and not problems:
+                self._journal.release(self._entry)
+                self._entry = None
+            return problems
 
     async def _configure_tables(self, agent: AgentClient) -> None:
         if not self.endpoints:
