@@ -42,6 +42,9 @@ T = TypeVar("T")
 # The kernel ends a pid namespace at once when its init ends; the agent's word on the execs follows
 # within this, or they are taken for killed.
 EXEC_EXIT_GRACE_S: Final = 1.0
+# How long an exit waits for the process's output. The agent ends that half a second after the
+# process, whoever still holds it.
+EXIT_OUTPUT_GRACE_S: Final = 1.0
 # A hung agent must not hold Kill for longer: then the VM is killed instead.
 KILL_DEADLINE_S: Final = 5.0
 _SIGKILL: Final = 9
@@ -214,6 +217,11 @@ class Container:
         if not host.keeps_output and process.relay is not None:
             await process.relay.outputs_ended.wait()
         ended = await guest_exit(process, process.guest(agent), host.explain)
+        if process.relay is not None:
+            # Clients drop what they haven't read when they hear of the exit. A child that holds the
+            # output, or a reader that stalls, delays it by no more than this.
+            with trio.move_on_after(EXIT_OUTPUT_GRACE_S):
+                await process.relay.outputs_ended.wait()
         while process.state is State.STARTING:
             # Start's handler publishes the start first.
             await process.wait_changed()

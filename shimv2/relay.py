@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -17,6 +17,9 @@ from shimv2.stdio_fifo import CHUNK_BYTES, Sink, StdinFifo
 
 if TYPE_CHECKING:
     from shimv2.stdio import Stdio, StdioPlan
+
+READ_GRACE_S: Final = 0.25
+"""How long a reader may take for what lies in its fifo at the end, a pipe's buffer at most."""
 
 
 class GuestStreams(Protocol):
@@ -45,6 +48,7 @@ class Relay:
         try:
             with self._scope:
                 await self._copy()
+                await self._let_read()
         finally:
             self.outputs_ended.set()
             self._stdio.close()
@@ -71,6 +75,14 @@ class Relay:
                 if not self._plan.terminal:
                     outputs.start_soon(self._copy_output, guest.read_stderr, stdio.stderr)
             inputs.cancel_scope.cancel()
+
+    async def _let_read(self) -> None:
+        # A client that hears of the exit closes its fifos, read or not.
+        # Source: containerd client/task.go Delete, pkg/cio/io_unix.go copyIO "cancel".
+        with trio.move_on_after(READ_GRACE_S):
+            for sink in (self._stdio.stdout, self._stdio.stderr):
+                if sink is not None:
+                    await sink.drained()
 
     async def _copy_input(self) -> None:
         with contextlib.suppress(AgentError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from fcntl import fcntl
+import sys
+from fcntl import fcntl, ioctl
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -19,6 +20,7 @@ from shimv2.errors import FailedPrecondition, InvalidArgument, NotFound
 
 CHUNK_BYTES: Final = 256 << 10
 _F_SETPIPE_SZ: Final = 1031  # Source: linux/fcntl.h
+_FIONREAD: Final = 0x541B  # Source: asm-generic/ioctls.h
 _PIPE_BYTES: Final = 1 << 20
 # After CloseIO a client that keeps its end of the fifo open, silent, is taken to be done. Long
 # enough for a copier of the client that still holds bytes it had read before.
@@ -29,6 +31,7 @@ class Sink(Protocol):
     """Where a stream's bytes go."""
 
     async def write(self, data: bytes) -> None: ...
+    async def drained(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -64,12 +67,22 @@ class PipeSink:
                 return
         await trio.lowlevel.checkpoint_if_cancelled()
 
+    async def drained(self) -> None:
+        """Wait until the reader has taken everything; for ever if there is no reader."""
+        # A pipe has no event for having become empty.
+        while self._descriptor >= 0 and not self._is_broken and self._bytes_waiting():
+            await trio.sleep(0.002)  # noqa: ASYNC110
+        await trio.lowlevel.checkpoint_if_cancelled()
+
     def close(self) -> None:
         """Close once; a waiting writer gets ClosedResourceError."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             trio.lowlevel.notify_closing(descriptor)
             os.close(descriptor)
+
+    def _bytes_waiting(self) -> int:
+        return int.from_bytes(ioctl(self._descriptor, _FIONREAD, bytes(4)), sys.byteorder)
 
     def _enlarge(self) -> None:
         # Only for a stream that has filled its pipe: the memory counts against a host-wide limit,
@@ -92,6 +105,10 @@ class FileSink:
         with contextlib.suppress(OSError):
             while rest and self._descriptor >= 0:
                 rest = rest[os.write(self._descriptor, rest) :]
+        await trio.lowlevel.checkpoint()
+
+    async def drained(self) -> None:
+        """A file has what was written."""
         await trio.lowlevel.checkpoint()
 
     def close(self) -> None:
