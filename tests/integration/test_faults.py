@@ -203,7 +203,7 @@ def test_guest_that_never_answers_is_given_up_at_the_deadline(node: Node, ctr: C
 
 def test_guest_without_an_init_is_reported_with_its_panic(node: Node, ctr: Ctr) -> None:
     node.run(["sh", "-c", "cd /tmp && mkdir empty && cd empty && mkdir dev && find . | "
-              "cpio -o -H newc >/tmp/empty.img 2>/dev/null"])
+              "busybox cpio -o -H newc >/tmp/empty.img 2>/dev/null"])
     container = fresh_id("panics")
     with configuration(node, lambda text: replace_value(text, "initrd", '"/tmp/empty.img"')):
         begin = time.monotonic()
@@ -219,7 +219,7 @@ _SILENT_INITRD = """\
 set -e; mkdir -p /tmp/silent/bin /tmp/silent/dev; cd /tmp/silent
 cp "$(command -v busybox)" bin/busybox
 printf '#!/bin/busybox sh\\nwhile :; do /bin/busybox sleep 1000; done\\n' >init; chmod 755 init
-find . | cpio -o -H newc >/tmp/silent.img 2>/dev/null"""
+find . | busybox cpio -o -H newc >/tmp/silent.img 2>/dev/null"""
 
 
 def test_full_disk_is_named_and_leaves_nothing(node: Node, ctr: Ctr) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -108,6 +109,22 @@ def test_pods_vm_outlives_its_containers_and_ends_with_the_sandbox(
         assert tasks.wait(pod.sandbox) == 0  # the pause program ends in order
         tasks.delete(pod.sandbox)
     assert find_parts(node, VMM) == []
+
+
+def test_last_words_of_many_short_containers_all_arrive(ctr: Ctr, pod: Pod) -> None:
+    """Clients close their fifos when they hear of an exit: output must be there before."""
+    for turn in range(8):
+        started = []
+        for number in range(4):
+            container = fresh_id("short")
+            script = f"seq 1 3000; echo {container}; exit {number}"
+            started.append((number, container, ctr.popen(
+                container, "sh", "-c", script, stdout=subprocess.PIPE,
+                options=["--rm", *pod.annotations("container", "short")])))
+        for number, container, process in started:
+            output, _ = process.communicate(timeout=60)
+            assert output.decode().split() == [*map(str, range(1, 3001)), container], turn
+            assert process.returncode == number
 
 
 def test_pod_survives_a_restart_of_containerd(node: Node, ctr: Ctr, pod: Pod) -> None:
