@@ -95,7 +95,8 @@ def measure_growth(node: Node) -> Iterator[Figure]:
             took += _exec_often(tasks, container, fifo, _EXECS_AT_A_TIME)
             sizes.append(_sizes(ctr, container))
     first, last = sizes[0], sizes[-1]
-    limits = {"shim fds": 0, "shim tasks": 0, "shim RSS": 256, "agent threads": 0, "agent RSS": 64}
+    limits = {"shim fds": 0, "shim tasks": 0, "shim RSS": 256}
+    limits |= {"agent fds": 0, "agent threads": 0, "agent RSS": 64}
     for name, limit in limits.items():
         yield Figure(
             name=f"{len(took) - _WARM_EXECS} execs: {name} grew by",
@@ -115,6 +116,7 @@ def _sizes(ctr: Ctr, container: str) -> dict[str, float]:
         "shim fds": shim.fds,
         "shim tasks": tasks,
         "shim RSS": shim.rss_kib,
+        "agent fds": agent["kata_agent_open_fds"],
         "agent threads": agent["kata_agent_threads"],
         "agent RSS": agent[_RSS],
     }
