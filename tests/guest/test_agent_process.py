@@ -190,3 +190,30 @@ async def test_user_namespace_maps_the_containers_root_to_an_ordinary_user(tmp_p
         assert said.split() == [b"0", b"100000", b"65536", b"0", b"fine"]
         await guest.exec("c1", "e1", "sh", "-c", "id -u; touch /tmp/more; ulimit -c", terminal=True)
         assert await guest.output("c1", "e1") == b"0\r\n8\r\n"
+
+
+async def test_start_hook_runs_in_the_container_and_its_failure_is_the_starts(
+    tmp_path: Path,
+) -> None:
+    async with running_agent(tmp_path) as guest:
+        for cid, status in (("good", 0), ("bad", 3)):
+            made = spec(guest.rootfs, ["cat", "/tmp/state"])
+            script = f"cat >/tmp/state; exit {status}"
+            made.Hooks.StartContainer.add(Path="/bin/sh", Args=["sh", "-c", script], Timeout=10)
+            made.Hooks.StartContainer[0].Env.append("PATH=/bin")
+            await guest.client.create_container(
+                agent_pb2.CreateContainerRequest(container_id=cid, exec_id=cid, OCI=made)
+            )
+            if status == 0:
+                await guest.client.start_container(cid)
+                assert b'"id":"good"' in await guest.output(cid)
+            else:
+                with pytest.raises(AgentStatus, match="hook /bin/sh"):
+                    await guest.client.start_container(cid)
+        made = spec(guest.rootfs, ["true"])
+        made.Hooks.Prestart.add(Path="/bin/true")
+        with pytest.raises(AgentStatus) as refused:
+            await guest.client.create_container(
+                agent_pb2.CreateContainerRequest(container_id="c3", OCI=made)
+            )
+        assert refused.value.code == Code.UNIMPLEMENTED

@@ -13,7 +13,6 @@ use crate::container::Container;
 use crate::oom::OomEvents;
 use crate::pb::TtrpcRequest;
 use crate::reaper::Reaper;
-use crate::runtime::Runtime;
 use crate::sandbox::Sandbox;
 use crate::settle::Settling;
 use crate::status::{Code, Result, Status};
@@ -25,7 +24,6 @@ pub struct Agent {
     /// The agent is the guest's process 1 and so owns the machine.
     pub is_init: bool,
     pub reaper: Rc<Reaper>,
-    pub runtime: Runtime,
     pub containers: RefCell<BTreeMap<String, Rc<Container>>>,
     pub sandbox: RefCell<Sandbox>,
     /// Storages by mount point.

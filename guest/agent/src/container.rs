@@ -50,15 +50,10 @@ impl Process {
     }
 }
 
-/// Who made the container, and so who must be asked about it.
-pub enum Engine {
-    Native(native::Waiting),
-    Crun,
-}
-
 pub struct Container {
     pub id: String,
-    pub engine: Engine,
+    /// The init process until it has been told to start.
+    pub waiting: native::Waiting,
     /// The agent's own directory for it, in the guest.
     pub bundle: PathBuf,
     pub cgroup: Cgroup,

@@ -1,7 +1,7 @@
 //! Exit statuses of every process the agent is parent of, by birth or by adoption.
 //!
-//! As PID 1 (or subreaper) the agent inherits container processes from the OCI runtime, so one place
-//! must call wait for all. An exit that arrives before anybody claimed the pid is kept.
+//! As PID 1 (or subreaper) the agent inherits orphans of exec processes, so one place must call wait
+//! for all. An exit that arrives before anybody claimed the pid is kept.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};

@@ -10,14 +10,12 @@ use tokio::sync::Mutex;
 
 use crate::agent::Agent;
 use crate::cgroup::Cgroup;
-use crate::container::{Container, Engine, Process, check_id};
+use crate::container::{Container, Process, check_id};
 use crate::pb::grpc;
-use crate::reaper::Exit;
 use crate::rpc_process::refuse_raw_ports;
 use crate::settle::Stage;
 use crate::status::{Code, Context, Result, Status};
-use crate::stdio::Stdio;
-use crate::{devices, info, native, spec, spec_json};
+use crate::{devices, info, native, spec};
 
 /// Source: kata agent protocol, "OCI spec as the agent wants it".
 pub const CONTAINER_BASE: &str = "/run/kata-containers";
@@ -43,9 +41,6 @@ impl Agent {
                 Ok(())
             }
             Err(status) => {
-                if bundle.join("config.json").exists() {
-                    let _ = self.runtime.delete(&id, &bundle).await;
-                }
                 let _ = native::delete(&Cgroup::of_container(&id), None).await;
                 self.release_storages(&storages);
                 let _ = fs::remove_dir_all(&bundle);
@@ -67,14 +62,28 @@ impl Agent {
         devices::resolve(&request.devices, &mut spec, self.config.hotplug_timeout).await?;
         let cgroup = Cgroup::of_container(&id);
         spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow(), request.sandbox_pidns)?;
-        let (engine, (pid, exit), io) = self.make_init(&id, &spec, &cgroup, bundle).await?;
+        if let Some(hooks) = &spec.hooks {
+            native::check_hooks(hooks)?;
+        }
+        let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
+        let hook_state = native::hook_state(&id, &bundle.to_string_lossy());
+        let mut waiting = None;
+        let ((pid, exit), io) = self
+            .launch(terminal, async |io| {
+                let made = native::create(&self.reaper, &spec, &hook_state, &cgroup, io).await;
+                made.map(|(launched, held)| {
+                    waiting = Some(held);
+                    launched
+                })
+            })
+            .await?;
         let init_spec = spec.process.take().unwrap_or_default();
         if request.sandbox_pidns {
             self.sandbox.borrow_mut().share_pid_namespace(pid)?;
         }
         Ok(Rc::new(Container {
             id,
-            engine,
+            waiting: waiting.unwrap_or_default(),
             bundle: bundle.to_owned(),
             cgroup,
             init: Rc::new(Process { pid, exit, io, waited: OnceCell::new() }),
@@ -90,34 +99,6 @@ impl Agent {
         }))
     }
 
-    /// Makes the init process by the engine that can make it.
-    async fn make_init(
-        &self,
-        id: &str,
-        spec: &grpc::Spec,
-        cgroup: &Cgroup,
-        bundle: &Path,
-    ) -> Result<(Engine, (i32, Rc<Exit>), Stdio)> {
-        let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
-        if native::supports(spec) {
-            let mut waiting = None;
-            let (process, io) = self
-                .launch(terminal, async |io| {
-                    let (launched, held) = native::create(&self.reaper, spec, cgroup, io).await?;
-                    waiting = Some(held);
-                    Ok(launched)
-                })
-                .await?;
-            return Ok((Engine::Native(waiting.unwrap_or_default()), process, io));
-        }
-        let config = bundle.join("config.json");
-        fs::write(&config, spec_json::config(spec))
-            .context(|| format!("writing {}", config.display()))?;
-        let (process, io) =
-            self.launch(terminal, async |io| self.runtime.create(id, bundle, io).await).await?;
-        Ok((Engine::Crun, process, io))
-    }
-
     pub async fn start_container(&self, request: grpc::StartContainerRequest) -> Result<()> {
         let container = self.container(&request.container_id)?;
         let _changing = container.changing.lock().await;
@@ -125,10 +106,7 @@ impl Agent {
             let text = format!("container {} has been started already", container.id);
             return Err(Status::new(Code::FailedPrecondition, text));
         }
-        match &container.engine {
-            Engine::Native(waiting) => native::start(waiting).await?,
-            Engine::Crun => self.runtime.start(&container.id, &container.bundle).await?,
-        }
+        native::start(&container.waiting).await?;
         container.started.set(true);
         Ok(())
     }
@@ -169,9 +147,6 @@ impl Agent {
         let container = self.container(id)?;
         let _changing = container.changing.lock().await;
         self.oom.forget(id);
-        if matches!(container.engine, Engine::Crun) {
-            self.runtime.delete(id, &container.bundle).await?;
-        }
         let init = &container.init;
         native::delete(&container.cgroup, init.exit.get().is_none().then_some(init.pid)).await?;
         init.exit.wait().await;

@@ -8,12 +8,12 @@ use nix::sys::signal::Signal;
 use tokio::sync::oneshot;
 
 use crate::agent::Agent;
-use crate::container::{Container, Engine, Process, check_id};
+use crate::container::{Container, Process, check_id};
+use crate::native::{Launched, ProcessIo};
 use crate::pb::grpc;
-use crate::runtime::ProcessIo;
 use crate::status::{Context, Result, Status};
 use crate::stdio::{Output, Stdio, make_pipes};
-use crate::{native, spec, spec_json};
+use crate::{native, spec};
 
 /// How long the record of an ended exec waits for somebody to fetch its output.
 const KEEP_ENDED: Duration = Duration::from_secs(30);
@@ -28,18 +28,11 @@ impl Agent {
         let _changing = container.changing.lock().await;
         container.admit_exec(&request.exec_id)?;
         let (launched, io) = self
-            .launch(process.terminal, async |io| match &container.engine {
-                Engine::Native(_) => {
-                    let pid = container.init.pid;
-                    let init = native::Init { pid, own_users: container.own_users };
-                    let seccomp = container.seccomp.as_ref();
-                    let cgroup = &container.cgroup;
-                    native::exec(&self.reaper, &process, seccomp, init, cgroup, io).await
-                }
-                Engine::Crun => {
-                    let json = spec_json::process(&process);
-                    self.runtime.exec(&container.id, &container.bundle, &json, io).await
-                }
+            .launch(process.terminal, async |io| {
+                let pid = container.init.pid;
+                let init = native::Init { pid, own_users: container.own_users };
+                let (seccomp, cgroup) = (container.seccomp.as_ref(), &container.cgroup);
+                native::exec(&self.reaper, &process, seccomp, init, cgroup, io).await
             })
             .await?;
         let record = Process { pid: launched.0, exit: launched.1, io, waited: OnceCell::new() };
@@ -51,7 +44,7 @@ impl Agent {
     pub async fn launch(
         &self,
         terminal: bool,
-        start: impl AsyncFnOnce(ProcessIo) -> Result<crate::runtime::Launched>,
+        start: impl AsyncFnOnce(ProcessIo) -> Result<Launched>,
     ) -> Result<((i32, Rc<crate::reaper::Exit>), Stdio)> {
         if terminal {
             let launched = start(ProcessIo::Terminal).await?;

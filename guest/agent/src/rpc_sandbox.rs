@@ -8,7 +8,6 @@ use crate::config::Config;
 use crate::oom::OomEvents;
 use crate::pb::grpc;
 use crate::reaper::Reaper;
-use crate::runtime::Runtime;
 use crate::settle::Settling;
 use crate::status::{Context, Result};
 
@@ -20,7 +19,6 @@ impl Agent {
         Ok(Self {
             config,
             is_init,
-            runtime: Runtime::new(reaper.clone()),
             reaper,
             containers: RefCell::default(),
             sandbox: RefCell::default(),

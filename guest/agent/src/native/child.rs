@@ -13,6 +13,7 @@ use nix::unistd::{
 };
 
 use super::credentials::Program;
+use super::hooks;
 use super::rootfs;
 use super::seccomp::Filter;
 use super::sync::from_child;
@@ -25,7 +26,11 @@ use crate::stdio::ProcessEnds;
 
 /// What the child is to become.
 pub enum Job<'a> {
-    Init(&'a Spec),
+    Init {
+        spec: &'a Spec,
+        /// What hooks are told.
+        hook_state: &'a str,
+    },
     Exec {
         process: &'a Process,
         seccomp: Option<&'a LinuxSeccomp>,
@@ -51,7 +56,7 @@ fn namespace<'a>(spec: &'a Spec, kind: &str) -> Option<&'a str> {
 impl Job<'_> {
     /// Namespaces that the child gets new at its birth.
     pub fn clone_flags(&self) -> CloneFlags {
-        let Job::Init(spec) = self else { return CloneFlags::empty() };
+        let Job::Init { spec, .. } = self else { return CloneFlags::empty() };
         let mut flags = CloneFlags::CLONE_NEWNS;
         if users::has_namespace(spec) {
             flags |= CloneFlags::CLONE_NEWUSER;
@@ -71,7 +76,7 @@ impl Job<'_> {
     /// Namespaces of the sandbox that the child can't join once it has users of its own.
     pub fn namespaces_at_birth(&self) -> Vec<(&str, CloneFlags)> {
         match self {
-            Job::Init(spec) if users::has_namespace(spec) => shared_namespaces(spec),
+            Job::Init { spec, .. } if users::has_namespace(spec) => shared_namespaces(spec),
             _ => Vec::new(),
         }
     }
@@ -79,7 +84,7 @@ impl Job<'_> {
     /// The existing pid namespace that the child is born into.
     pub fn pid_namespace(&self, of_pid: Option<i32>) -> Option<String> {
         match self {
-            Job::Init(spec) => {
+            Job::Init { spec, .. } => {
                 namespace(spec, "pid").filter(|path| !path.is_empty()).map(ToOwned::to_owned)
             }
             Job::Exec { .. } => of_pid.map(|pid| format!("/proc/{pid}/ns/pid")),
@@ -112,7 +117,7 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     close_others(&mut keep);
     setsid().context(|| "setsid".to_owned())?;
     let (process, seccomp) = match job {
-        Job::Init(spec) => {
+        Job::Init { spec, .. } => {
             let seccomp = spec.linux.as_ref().and_then(|linux| linux.seccomp.as_ref());
             (spec.process.as_ref(), seccomp)
         }
@@ -122,17 +127,22 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     let process = process.ok_or_else(|| Status::invalid("no process"))?;
     set_oom_score(process.oom_score_adj)?;
     match job {
-        Job::Init(spec) => enter_new(spec, socket)?,
+        Job::Init { spec, .. } => enter_new(spec, socket)?,
         Job::Exec { target, own_users, .. } => enter_existing(*target, *own_users)?,
     }
     let master = match standard {
-        Standard::Terminal => Some(terminal::open(process, matches!(job, Job::Init(_)))?),
+        Standard::Terminal => Some(terminal::open(process, matches!(job, Job::Init { .. }))?),
         Standard::Pipes(_) => None,
     };
     let program = Program::find(process)?;
     from_child::ready(socket, master.as_ref().map(AsFd::as_fd)).context(|| "ready".to_owned())?;
     drop(master);
     if from_child::wait_for_go(socket).context(|| "waiting to start".to_owned())? {
+        if let Job::Init { spec, hook_state } = job
+            && let Some(hooks) = &spec.hooks
+        {
+            hooks::run(&hooks.start_container, hook_state)?;
+        }
         program.execute(filter.as_ref())?;
     }
     Ok(())

@@ -153,7 +153,8 @@ fn program(rules: &[LinuxDeviceCgroup]) -> Result<Vec<u64>> {
             "c" | "u" => tests.push((2, 2)),
             other => return Err(Status::invalid(format!("device rule of type {other:?}"))),
         }
-        // As in `spec_json`: major 0 and -1 are "any".
+        // A number that the original spec did not have is "any": the protocol has -1 for it, and
+        // shims that copy an absent number send 0. No device has major number 0.
         let named = !tests.is_empty() && rule.major > 0;
         if named {
             tests.push((4, narrow(rule.major)?));

@@ -1,7 +1,7 @@
-//! Containers made by the agent itself: one fork a container or exec, no program of a runtime.
+//! Makes containers and processes in them: one fork each, no program of a runtime.
 //!
 //! crun costs 100-200 ms a verb in an emulated guest, most of it for starting the program; this
-//! costs a fork. What is not done here (hooks) is left to crun by [`supports`].
+//! costs a fork.
 //!
 //! ```text
 //! agent                         child
@@ -15,6 +15,7 @@ mod child;
 mod clone;
 mod credentials;
 mod devices;
+mod hooks;
 pub mod limits;
 mod rootfs;
 mod seccomp;
@@ -27,6 +28,7 @@ mod users;
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::time::Duration;
 
 use nix::sched::CloneFlags;
@@ -34,9 +36,9 @@ use nix::sched::CloneFlags;
 use crate::cgroup::Cgroup;
 use crate::io::Pollable;
 use crate::pb::grpc::{LinuxSeccomp, Process, Spec};
-use crate::reaper::Reaper;
-use crate::runtime::{Launched, ProcessIo};
+use crate::reaper::{Exit, Reaper};
 use crate::status::{Code, Context, Result, Status};
+use crate::stdio::ProcessEnds;
 
 use self::child::{Job, Standard};
 
@@ -45,29 +47,31 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// From the kill of a cgroup's processes to its being empty.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// What a new process gets as stdin, stdout and stderr.
+pub enum ProcessIo {
+    Pipes(ProcessEnds),
+    Terminal,
+}
+
+/// A process that has been made; `terminal` is the master if it was asked for.
+pub struct Launched {
+    pub pid: i32,
+    pub exit: Rc<Exit>,
+    pub terminal: Option<Pollable>,
+}
+
 /// A container that has not been told to go yet holds its end of the conversation.
 #[derive(Default)]
 pub struct Waiting(RefCell<Option<Pollable>>);
 
+pub use self::hooks::{check as check_hooks, state as hook_state};
 pub use self::users::has_namespace as has_own_users;
-
-/// Whether this runtime can make the container; otherwise crun must.
-pub fn supports(spec: &Spec) -> bool {
-    let hooks = spec.hooks.as_ref().is_none_or(|hooks| {
-        hooks.prestart.is_empty()
-            && hooks.create_runtime.is_empty()
-            && hooks.create_container.is_empty()
-            && hooks.start_container.is_empty()
-            && hooks.poststart.is_empty()
-            && hooks.poststop.is_empty()
-    });
-    hooks
-}
 
 /// Makes the container, stopped before its program.
 pub async fn create(
     reaper: &Reaper,
     spec: &Spec,
+    hook_state: &str,
     cgroup: &Cgroup,
     io: ProcessIo,
 ) -> Result<(Launched, Waiting)> {
@@ -77,7 +81,8 @@ pub async fn create(
         limits::apply(cgroup, resources)?;
     }
     devices::restrict(directory.as_fd(), resources)?;
-    let (launched, socket) = launch(reaper, Job::Init(spec), io, Some(directory), None).await?;
+    let job = Job::Init { spec, hook_state };
+    let (launched, socket) = launch(reaper, job, io, Some(directory), None).await?;
     if let Some(process) = &spec.process {
         users::set_limits(launched.pid, &process.rlimits)?;
     }
@@ -182,7 +187,7 @@ async fn launch(
 
 /// Maps the users of a container that has its own, and lets its child go on.
 async fn prepare_users(job: &Job<'_>, io: &ProcessIo, pid: i32, socket: &Pollable) -> Result<()> {
-    let Job::Init(spec) = job else { return Ok(()) };
+    let Job::Init { spec, .. } = job else { return Ok(()) };
     if !users::has_namespace(spec) {
         return Ok(());
     }
