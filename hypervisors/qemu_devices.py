@@ -129,7 +129,7 @@ class QemuDevices:
             "qemu",
             "attach another device",
             f"all {self._ports} hot-plug ports are taken",
-            "raise pcie_root_port in the configuration",
+            "raise hotplug_ports in the configuration",
         )
 
     async def _plug(self, device: Device, plugged: _Plugged) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .child import Recorder
 
-Cache: TypeAlias = Literal["auto", "always", "never"]
+Cache: TypeAlias = Literal["auto", "always", "never", "none", "metadata"]
 Flavour: TypeAlias = Literal["c", "rust"]
 
 LISTEN_FD: Final = 3
@@ -34,6 +34,14 @@ FIX: Final = "install qemu-system-common or virtiofsd, or correct the virtiofsd 
 # because Debian maps them. Observed: virtiofsd 1.13.2 of Debian 13.
 RUST_MARK: Final = b"RUST_BACKTRACE"
 SCAN_CHUNK_BYTES: Final = 1 << 18
+# What each program calls what is asked for. Source: virtiofsd --help of QEMU 7.2 and of 1.13.
+CACHES: Final[dict[Flavour, dict[Cache, str]]] = {
+    "c": {"auto": "auto", "always": "always", "never": "none", "none": "none"},
+    "rust": {
+        "auto": "auto", "always": "always", "never": "never", "none": "never",
+        "metadata": "metadata",
+    },
+}  # fmt: skip
 
 
 def flavour_of(binary: Path) -> Flavour:
@@ -56,7 +64,7 @@ def virtiofsd_argv(
             str(binary),
             f"--fd={LISTEN_FD}",
             f"--shared-dir={shared_dir}",
-            f"--cache={cache}",
+            f"--cache={CACHES[flavour][cache]}",
             "--sandbox=namespace",
             "--seccomp=kill",
             "--announce-submounts",
@@ -65,7 +73,7 @@ def virtiofsd_argv(
         return [*argv, "--xattr"] if xattr else argv
     options = [
         f"source={shared_dir}",
-        f"cache={'none' if cache == 'never' else cache}",
+        f"cache={CACHES[flavour][cache]}",
         "sandbox=namespace",
         "announce_submounts",
         "log_level=warn",
@@ -77,13 +85,30 @@ def virtiofsd_argv(
     return argv
 
 
-def check_virtiofsd(binary: Path, shared_dir: Path) -> None:
-    """Refuse a missing daemon, or a share its option syntax cannot name.
+def check_virtiofsd(binary: Path, cache: Cache = "auto") -> None:
+    """Refuse a missing daemon, or a way of caching that this one does not have.
 
     Raises:
         PreconditionFailed.
     """
     check_program("virtiofsd", binary, FIX)
+    flavour = flavour_of(binary)
+    if cache not in CACHES[flavour]:
+        known = ", ".join(f'"{one}"' for one in CACHES[flavour])
+        raise PreconditionFailed(
+            "virtio_fs_cache",
+            path=binary,
+            why=f'"{cache}" is nothing that this virtiofsd can do',
+            fix=f"set virtio_fs_cache to one of {known}, or virtio_fs_daemon to another program",
+        )
+
+
+def check_share(shared_dir: Path) -> None:
+    """Refuse a share that the daemon's option syntax cannot name.
+
+    Raises:
+        PreconditionFailed.
+    """
     if "," in str(shared_dir):
         raise PreconditionFailed(
             "shared directory", path=shared_dir, why="a comma in its path", fix="choose another"
@@ -110,7 +135,8 @@ async def start_virtiofsd(
     Raises:
         PreconditionFailed, SpawnFailed; OSError when the socket cannot be made.
     """
-    check_virtiofsd(binary, shared_dir)
+    check_virtiofsd(binary, cache)
+    check_share(shared_dir)
     argv = virtiofsd_argv(binary, shared_dir, flavour_of(binary), cache=cache, xattr=xattr)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .child import Child, Recorder
 
 NAME: Final = "vhost-device-vsock"
-FIX: Final = "run `make tools`, or correct the path of vhost-device-vsock"
+FIX: Final = "run `make setup`, or correct the path of vhost-device-vsock"
 # Starting takes 5 ms on an idle machine. Source: own measurement; generous for a loaded one.
 READY_DEADLINE_S: Final = 5.0
 # Source: linux/vm_sockets.h: 0 to 2 are the hypervisor, local and the host.

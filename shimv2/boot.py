@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hypervisors.child import ChildRecord
     from hypervisors.helper import Helper
     from hypervisors.machine import NetDevice
+    from hypervisors.virtiofsd import Cache
     from shimv2.journal import Entry, Journal
     from shimv2.kernel_vsock import KernelVsockDescriptor
     from shimv2.machine_plan import MachinePlan
@@ -101,6 +102,7 @@ class Machinery:
     start_virtiofsd: Callable[..., Awaitable[Helper]]
     start_vsock_device: Callable[..., Awaitable[Helper]]
     open_kernel_vsock: Callable[[], KernelVsockDescriptor | None]
+    check_virtiofsd: Callable[[Path, Cache], None] = lambda binary, cache: None
 
 
 def check_machine(
@@ -118,6 +120,7 @@ def check_machine(
     spec = machine_spec(sandbox_id, plan, state, vsock, plan.ready_port)
     plan = plan.within(max_vcpus=hypervisor.capabilities(spec).max_vcpus)
     hypervisor.check(machine_spec(sandbox_id, plan, state, vsock, plan.ready_port))
+    machinery.check_virtiofsd(plan.virtiofsd, plan.virtiofsd_cache)
     return plan
 
 

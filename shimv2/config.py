@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from shimv2 import annotations as pod_annotations
 from shimv2 import config_schema
 from shimv2.config_file import find, read_tables
+from shimv2.config_keys import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,7 +132,18 @@ def load_config(
         source=file,
         warnings=tuple(settings.warnings),
     )
-    return _with_annotations(config, annotations or {})
+    return _naming_what_has_no_effect(_with_annotations(config, annotations or {}))
+
+
+def _naming_what_has_no_effect(config: RuntimeConfig) -> RuntimeConfig:
+    defaults = RuntimeConfig()
+    warnings = [
+        f"{section}.{field} has no effect here: {reason}"
+        for section, reasons in WITHOUT_EFFECT.items()
+        for field, reason in reasons.items()
+        if getattr(getattr(config, section), field) != getattr(getattr(defaults, section), field)
+    ]
+    return replace(config, warnings=(*config.warnings, *warnings))
 
 
 def _with_annotations(config: RuntimeConfig, annotations: Mapping[str, str]) -> RuntimeConfig:

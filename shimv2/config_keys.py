@@ -28,7 +28,7 @@ _HYPERVISOR: dict[str, Row] = {
     "hotplug_ports": ("hotplug_ports", "int", 0, 64),
     "rootless": ("rootless", "bool"),
     "enable_debug": ("enable_debug", "bool"),
-    "shared_fs": ("shared_fs", "choice", 0, 0, ("virtio-fs", "none")),
+    "shared_fs": ("shared_fs", "choice", 0, 0, ("virtio-fs",)),
     "virtio_fs_daemon": ("virtio_fs_daemon", "path"),
     "virtio_fs_cache": (
         "virtio_fs_cache", "choice", 0, 0, ("auto", "always", "never", "metadata", "none"),
@@ -130,6 +130,37 @@ REFUSED: dict[str, dict[str, str]] = {
     },
 }
 """Key -> why its value can't be obeyed. Neutral values (false, "", 0, []) are accepted."""
+
+
+WITHOUT_EFFECT: dict[str, dict[str, str]] = {
+    "hypervisor": {
+        "memory_slots": "the backend lays out as many slots as the maximum of memory needs",
+        "virtio_fs_queue_size": "the backend chooses the queue's size",
+        "disable_block_device_use": "block devices are never used; files go over virtio-fs",
+        "enable_hugepages": "the VM's memory is ordinary pages, huge where the host makes them so",
+        "enable_mem_prealloc": "the VM's memory is taken when the guest first touches it",
+        "entropy_source": "the guest's entropy comes from the host's urandom",
+    },
+    "agent": {
+        "debug_console_enabled": "the guest image has no shell for a console",
+        "reconnect_timeout_s": "a lost connection to the agent ends the sandbox",
+        "log_port": "the agent logs to the guest's console",
+        "container_pipe_size_bytes": "the agent's pipes have the kernel's size",
+    },
+    "runtime": {
+        "sandbox_cgroup_only": "the VMM stays in the cgroup in which containerd starts shims",
+        "static_sandbox_resource_mgmt": "the VM's size is that of the configuration in any case",
+        "disable_guest_empty_dir": "each emptyDir is the host's, over virtio-fs",
+        "sandbox_bind_mounts": "no such mounts are made",
+        "enable_pprof": "that is a profiler of Go programs",
+        "enable_debug": "the shim's log has one level; containerd's own debug option adds to it",
+        "keep_abnormal": "a VM that has failed is always taken down; its report stays",
+        "experimental": "there are no experimental features",
+        "kubelet_root_dir": "the shim looks at no directory of the kubelet's",
+    },
+    "factory": {"template_path": "VM templates are not offered yet"},
+}
+"""Field -> why it changes nothing here. A value that is not the default is named in the log."""
 
 
 def _words(text: str) -> frozenset[str]:

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 _SHM_OPTIONS: Final = ("noexec", "nosuid", "nodev", "mode=1777", "size=67108864")
 
 
-def sandbox_request(bundle: Bundle, dns: Sequence[str]) -> agent_pb2.CreateSandboxRequest:
-    """Mount the share, and for a pod the /dev/shm that its containers have in common."""
+def sandbox_request(
+    bundle: Bundle, dns: Sequence[str], kernel_modules: Sequence[str] = ()
+) -> agent_pb2.CreateSandboxRequest:
+    """Mount the share, and for a pod the /dev/shm that its containers have in common.
+
+    Each of `kernel_modules` is a name and its parameters, as in modprobe's command line.
+    """
     storages = [
         agent_pb2.Storage(
             driver="virtio-fs",
@@ -48,6 +53,11 @@ def sandbox_request(bundle: Bundle, dns: Sequence[str]) -> agent_pb2.CreateSandb
         dns=dns,
         storages=storages,
         sandbox_id=bundle.sandbox_id,
+        kernel_modules=[
+            agent_pb2.KernelModule(name=words[0], parameters=words[1:])
+            for words in (module.split() for module in kernel_modules)
+            if words
+        ],
     )
 
 

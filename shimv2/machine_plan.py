@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from hypervisors.virtiofsd import Cache
     from shimv2.config import RuntimeConfig
 
 _MIB: Final = 1 << 20
@@ -29,7 +30,7 @@ class MachinePlan:
     machine_type: str
     accelerator: str
     virtiofsd: Path
-    virtiofsd_cache: str
+    virtiofsd_cache: Cache
     vsock_device: Path
     boot_deadline_s: float
     readiness: str  # push: the agent reports; dial: it must be dialled; auto: whichever comes
@@ -70,7 +71,7 @@ def plan_machine(config: RuntimeConfig) -> MachinePlan:
         machine_type=hypervisor.machine_type,
         accelerator=hypervisor.accelerator,
         virtiofsd=hypervisor.virtio_fs_daemon,
-        virtiofsd_cache=hypervisor.virtio_fs_cache,
+        virtiofsd_cache=hypervisor.virtio_fs_cache,  # type: ignore[arg-type]  # a checked choice
         vsock_device=hypervisor.vsock_daemon,
         boot_deadline_s=config.agent.dial_timeout_s,
         readiness=config.agent.readiness,

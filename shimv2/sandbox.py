@@ -329,7 +329,11 @@ class Sandbox:
                     await machine.boot(network.devices)
                 timeline.enter("setting up the sandbox in the guest")
                 await network.configure(self.agent)
-                request = sandbox_request(container.bundle, sandbox_dns(container.bundle))
+                request = sandbox_request(
+                    container.bundle,
+                    sandbox_dns(container.bundle),
+                    self._configure(creation).agent.kernel_modules,
+                )
                 await self.agent.create_sandbox(request)
                 timeline.mark("sandbox")
                 timeline.enter("creating the container in the guest")

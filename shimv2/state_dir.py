@@ -53,10 +53,6 @@ class StateDir:
         return f"{self.path}/journal"
 
     @property
-    def share(self) -> str:
-        return f"{self.path}/share"
-
-    @property
     def directory(self) -> Path:
         return self._as_path(self.path)
 

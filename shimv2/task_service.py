@@ -362,7 +362,7 @@ def real_parts() -> Parts:
 
 def _real_machinery(config: RuntimeConfig) -> Machinery:
     from hypervisors.registry import find_hypervisor
-    from hypervisors.virtiofsd import start_virtiofsd
+    from hypervisors.virtiofsd import check_virtiofsd, start_virtiofsd
     from hypervisors.vsock_device import start_vsock_device
     from shimv2.boot import Machinery
     from shimv2.kernel_vsock import open_kernel_vsock
@@ -372,4 +372,5 @@ def _real_machinery(config: RuntimeConfig) -> Machinery:
         start_virtiofsd=start_virtiofsd,
         start_vsock_device=start_vsock_device,
         open_kernel_vsock=open_kernel_vsock,
+        check_virtiofsd=check_virtiofsd,
     )

@@ -14,7 +14,13 @@ from hypervisors.errors import PreconditionFailed, Unsupported
 from hypervisors.machine import BlockDevice, KernelVsock, MachineSpec, NetDevice, Rng
 from hypervisors.qemu import Qemu
 from hypervisors.registry import find_hypervisor
-from hypervisors.virtiofsd import check_virtiofsd, flavour_of, start_virtiofsd, virtiofsd_argv
+from hypervisors.virtiofsd import (
+    check_share,
+    check_virtiofsd,
+    flavour_of,
+    start_virtiofsd,
+    virtiofsd_argv,
+)
 from hypervisors.vsock_device import check_vsock_device, vsock_device_argv
 
 
@@ -248,13 +254,30 @@ def test_virtiofsd_flavours_are_told_apart_and_get_their_own_arguments(tmp_path)
     assert {"source=/s", "cache=none", "sandbox=namespace", "announce_submounts"} <= set(argv)
 
 
+@pytest.mark.parametrize(("cache", "spelled"), [("none", "none"), ("never", "none")])
+def test_a_cache_is_spelled_as_the_c_virtiofsd_does(cache, spelled):
+    assert f"cache={spelled}" in virtiofsd_argv(Path("/v"), Path("/s"), "c", cache=cache)
+    assert "--cache=never" in virtiofsd_argv(Path("/v"), Path("/s"), "rust", cache=cache)
+
+
+def test_a_cache_that_this_virtiofsd_lacks_is_refused_with_what_it_has(tmp_path):
+    binary = tmp_path / "virtiofsd"
+    binary.write_bytes(b"\x7fELF" + bytes(64))
+    binary.chmod(0o755)
+    check_virtiofsd(binary, "always")
+    with pytest.raises(PreconditionFailed, match=r'virtio_fs_cache .*"metadata".*"auto"'):
+        check_virtiofsd(binary, "metadata")
+    binary.write_bytes(b"\x7fELF" + b"RUST_BACKTRACE")
+    check_virtiofsd(binary, "metadata")
+
+
 async def test_virtiofsd_that_cannot_start_leaves_no_socket(tmp_path):
     binary = tmp_path / "virtiofsd"
     binary.write_text("#!/nowhere/interpreter\n")
     binary.chmod(0o755)
     for shared in (tmp_path / "missing", tmp_path / "a,b"):
         with pytest.raises(PreconditionFailed):
-            check_virtiofsd(binary, shared)
+            check_share(shared)
     with pytest.raises(Exception, match="No such file"):
         await start_virtiofsd(binary, tmp_path, tmp_path / "sock", record=lambda _: None)
     assert not (tmp_path / "sock").exists()

@@ -72,6 +72,18 @@ def test_values_reach_their_fields(write):
     assert loaded.source == path
 
 
+def test_a_key_without_effect_is_named_once_it_is_set(write):
+    path = write("[hypervisor.qemu]\nenable_hugepages = true\nmemory_slots = 10\n")
+    warnings = " ".join(load_config(path).warnings)
+    assert "hypervisor.enable_hugepages has no effect here: " in warnings
+    assert "memory_slots" not in warnings  # as it is without the line
+
+
+def test_a_share_that_is_not_virtio_fs_is_refused(write):
+    text = refused(write('[hypervisor.qemu]\nshared_fs = "none"\n'))
+    assert 'shared_fs is "none"; known are "virtio-fs"' in text
+
+
 def test_both_runtimes_spellings_of_the_create_timeout_are_read(write):
     path = write("[agent.kata]\ncreate_container_timeout = 31\n")
     assert load_config(path).agent.create_container_timeout_s == 31

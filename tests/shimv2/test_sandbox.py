@@ -102,6 +102,17 @@ async def test_no_boot_lasts_longer_than_its_deadline(tmp_path: Path) -> None:
         assert "within 0.6 s" in str(error)
 
 
+async def test_kernel_modules_of_the_configuration_reach_the_agent(tmp_path: Path) -> None:
+    agent = AgentConfig(readiness="push", kernel_modules=("e1000e EEE=1 A=b", "dummy"))
+    async with ShimBench(tmp_path, RuntimeConfig(agent=agent)).running() as shim:
+        await shim.create()
+        sent = shim.agent.called("CreateSandbox")[0].kernel_modules
+        assert [(one.name, list(one.parameters)) for one in sent] == [
+            ("e1000e", ["EEE=1", "A=b"]),
+            ("dummy", []),
+        ]
+
+
 async def test_the_backends_limit_of_vcpus_is_kept_rather_than_refused(tmp_path: Path) -> None:
     config = RuntimeConfig(
         hypervisor=HypervisorConfig(default_vcpus=4.0), agent=AgentConfig(readiness="push")

@@ -3,13 +3,14 @@
     python -m tests.style.configuration_page        prints the tables
     python -m tests.style.configuration_page -w     puts them into the page
 
-A key whose field nothing outside of the configuration's own modules ever reads has no effect yet;
-the table says so, and the test notices when that changes.
+A key whose field nothing outside of the configuration's own modules ever reads has no effect; the
+table says so, and why, and a test holds the list of reasons to what the shim's modules read.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import sys
 import textwrap
 from functools import cache
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from shimv2 import annotations as pod_annotations
 from shimv2 import config
-from shimv2.config_keys import IDLE, REFUSED, TABLES
+from shimv2.config_keys import IDLE, REFUSED, TABLES, WITHOUT_EFFECT
 from shimv2.config_schema import Key
 from tests.style import source
 
@@ -37,8 +38,9 @@ SECTIONS: Final = {
 _CONFIGURATION: Final = {
     "annotations.py", "config.py", "config_file.py", "config_keys.py", "config_schema.py",
 }  # fmt: skip
-# Read by the configuration itself: which annotations count.
-_OWN: Final = frozenset({"enable_annotations"})
+# Read by the configuration itself: which annotations count, the one way to share files, and what is
+# refused when it is set.
+_OWN: Final = frozenset({"enable_annotations", "shared_fs", "enable_template"})
 
 
 def tables() -> str:
@@ -117,7 +119,18 @@ def _value(value: object, key: Key) -> str:
 
 def _effect(owner: object, field: str) -> str:
     section = next(name for name, (_, defaults) in SECTIONS.items() if defaults is owner)
-    return "" if field in _OWN or (section, field) in _reads() else "no effect yet"
+    reason = WITHOUT_EFFECT[section].get(field)
+    return f"no effect: {reason}" if reason else ""
+
+
+def unread() -> set[tuple[str, str]]:
+    """Give every field of the configuration that the shim never reads."""
+    return {
+        (section, field.name)
+        for section, (_, defaults) in SECTIONS.items()
+        for field in dataclasses.fields(type(defaults))  # type: ignore[arg-type]  # all are
+        if field.name not in _OWN and (section, field.name) not in _reads()
+    }
 
 
 @cache

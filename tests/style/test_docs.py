@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from shimv2.config_keys import WITHOUT_EFFECT
 from tests.style import configuration_page, source
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def test_every_file_named_exists(page: Path) -> None:
 def test_every_test_named_exists(page: Path) -> None:
     named = {span for span in CODE.findall(page.read_text()) if TEST.fullmatch(span)}
     assert sorted(named - _test_names()) == []
+
+
+def test_every_key_is_read_by_the_shim_or_says_why_it_has_no_effect() -> None:
+    known = {(section, name) for section, names in WITHOUT_EFFECT.items() for name in names}
+    assert configuration_page.unread() == known
 
 
 def test_configuration_page_is_the_schema_s() -> None:
