@@ -19,7 +19,15 @@ import trio
 
 from hypervisors.child import ChildRecord
 from hypervisors.console import ConsoleRing
-from hypervisors.machine import Capabilities, ExitKind, GuestAddress, MachineSpec, VmExit
+from hypervisors.machine import (
+    Capabilities,
+    Device,
+    ExitKind,
+    GuestAddress,
+    MachineSpec,
+    NetDevice,
+    VmExit,
+)
 from shimv2.boot import Machinery
 
 FAKE_PID = 0x3FFFFF  # above pid_max's default: no process of the host has it
@@ -39,11 +47,17 @@ class FakeMachine:
         self.ignores_kill = False
         self._exited = trio.Event()
         self._on_exit = on_exit
+        # As a VMM's: the taps are there for as long as it lives.
+        self._taps: list[int] = []
+        for device in spec.devices:
+            self._hold(device)
 
     def die(self, reason: str = "was killed by SIGKILL", kind: ExitKind = ExitKind.KILLED) -> None:
         """End the machine, as the host or the guest might."""
         if self.exit is None:
             self.exit = VmExit(kind=kind, code=None, signal=9, reason=reason)
+            while self._taps:
+                os.close(self._taps.pop())
             self._exited.set()
             self._on_exit()
 
@@ -58,6 +72,16 @@ class FakeMachine:
         await self._exited.wait()
         assert self.exit is not None
         return self.exit
+
+    async def attach(self, device: Device) -> GuestAddress:
+        await trio.lowlevel.checkpoint()
+        self._hold(device)
+        self.addresses[device.id] = GuestAddress(pci_path="10/00")
+        return self.addresses[device.id]
+
+    def _hold(self, device: Device) -> None:
+        if isinstance(device, NetDevice):
+            self._taps += [os.dup(fd) for fd in device.tap_fds]
 
     def kill(self) -> None:
         if not self.ignores_kill:
