@@ -97,7 +97,7 @@ async def dial_until(endpoint: Endpoint, *, deadline_s: float) -> socket.socket:
             if trio.current_time() + pause_s >= give_up_at:
                 reason = f"gave up after {attempts} attempts in {deadline_s:g} s: {error.reason}"
                 raise AgentUnreachable(str(endpoint), reason) from error
-        # Nothing signals that such an agent listens, so this is a poll, and the only one we have.
+        # Nothing signals that such an agent listens, so this has to be a poll.
         await trio.sleep(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

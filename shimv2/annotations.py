@@ -3,8 +3,8 @@
 A pod's author is not the operator. So an annotation counts only if (1) it is in the registry with a
 type and a range, and (2) the operator's `enable_annotations` names it: `default_vcpus` for
 `io.katacontainers.config.hypervisor.default_vcpus`, `runtime.create_container_timeout` or
-`agent.container_pipe_size` for the other two groups, which upstream lets through ungated
-(security.md §1.3). No annotation carries a host path or an argument of a program.
+`agent.container_pipe_size` for the other two groups, which Kata's
+runtimes let through ungated. No annotation carries a host path or an argument of a program.
 """
 
 from __future__ import annotations

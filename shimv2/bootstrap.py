@@ -1,7 +1,8 @@
 """What containerd said when it started this program: flags, environment, standard input, bundle.
 
 `start` and `delete` run through here, so the module imports nothing that isn't built into the
-interpreter: no json, re, enum, typing, os (perf.md B1). JSON is read by the C scanner alone.
+interpreter: no json, re, enum, typing, os, which cost milliseconds each. JSON is read by the C
+scanner alone.
 
 Source for everything here: containerd docs/runtime-v2.md and pkg/shim/{shim,compat}.go.
 """

@@ -3,8 +3,7 @@
 containerd runs it after *every* connection it lost, which is also the end of every ordinary task:
 so there is usually nothing to do, and its start-up time lies on the way of each deletion. It needs
 no config.json, may be repeated, prints a DeleteResponse and nothing else, and leaves a pod alone
-when only one of the pod's containers is meant. Source: containerd docs/runtime-v2.md "delete";
-containerd.md §1.11.
+when only one of the pod's containers is meant. Source: containerd docs/runtime-v2.md "delete".
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "sev_snp_guest": _CONFIDENTIAL,
         "initdata": _CONFIDENTIAL,
         "image": "the guest boots from an initrd; set `initrd` instead of `image`",
-        "extra_monitor_socket": "a second monitor would bypass the shim; use `kata-ctl`",
+        "extra_monitor_socket": "a second monitor would bypass the shim; remove the key",
         "firmware": "the kernel is booted directly (PVH); firmware is not used",
         "firmware_volume": "the kernel is booted directly (PVH); firmware is not used",
         "pflashes": "the kernel is booted directly (PVH); firmware is not used",

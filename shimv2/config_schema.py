@@ -2,7 +2,8 @@
 
 A key is *used* (it sets a field of config.py), *idle* (known, of no effect here: accepted with a
 warning), or *refused* (known, and to act as if it had been obeyed would be a lie). Anything else is
-an error with file, line, key and the nearest known spelling. Source: kata.md §1.9, both spellings.
+an error with file, line, key and the nearest known spelling. Source: the
+configuration-qemu.toml.in files of both of Kata's runtimes.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def load() -> None:
     """Import everything that serving needs and put it out of the garbage collector's sight.
 
     The heap is frozen so that a collection never touches its pages: they stay shared with other
-    shims once these are forked from one process (perf.md B2). Collecting first would free next to
+    shims once these are forked from one process. Collecting first would free next to
     nothing, and cost 7 ms on the way to the first answer.
     """
     gc.disable()

@@ -2,7 +2,7 @@
 
 `publish` only queues. One task sends the head of the queue until containerd took it, so the order
 of events is the order of the calls to `publish`, also when a connection breaks in between. Source:
-containerd.md §3.2; containerd pkg/shim/publisher.go.
+containerd pkg/shim/publisher.go.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     creating the sandbox failed after 12.3 s of 45 s while waiting for the agent: <error>. The VM:
     <exit>. Likely cause: <cause>; <fix>. Console: <last lines>
 
-The text fits into a ttrpc status (2 KiB). The whole report is kept for `kata-ctl explain` as one
+The text fits into a ttrpc status (2 KiB). The whole report is kept as one
 JSON file in /run/kata-reports (root only, the newest 32).
 """
 

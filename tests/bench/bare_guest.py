@@ -1,6 +1,6 @@
 """The bare recipe: how fast QEMU, this kernel and the least of an init get to a vsock connection.
 
-The machine of reference/vmm.md §5a: q35, qboot, the kernel by PVH, an initrd with eight modules and
+The machine: q35, qboot, the kernel by PVH, an initrd with eight modules and
 a static init, a vsock device and nothing else. What our sandboxes take longer is our own.
 """
 

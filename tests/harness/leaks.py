@@ -25,7 +25,7 @@ DEADLINE_S = 5.0
 _POLL_S = 0.05
 _TASKS = "io.containerd.runtime.v2.task"
 _FILE_ROOTS = ("/run", "/tmp", "/dev/shm", f"{ROOT}/{_TASKS}")
-# Failure reports outlive their sandbox on purpose (at most 32, for `kata-ctl explain`).
+# Failure reports outlive their sandbox on purpose (at most 32).
 _SKIPPED = (ROOT, "/run/.node", "/run/kata-reports")
 #: Parents that stay once made; what lies in them doesn't.
 _KEPT_DIRECTORIES = {"/run/kata", "/run/kata-containers", "/run/vc", "/run/runc", "/run/mount",
