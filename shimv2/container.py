@@ -44,7 +44,7 @@ T = TypeVar("T")
 EXEC_EXIT_GRACE_S: Final = 1.0
 # How long an exit waits for the process's output. The agent ends that half a second after the
 # process, whoever still holds it.
-EXIT_OUTPUT_GRACE_S: Final = 1.0
+EXIT_OUTPUT_GRACE_S: Final = 0.8
 # A hung agent must not hold Kill for longer: then the VM is killed instead.
 KILL_DEADLINE_S: Final = 5.0
 _SIGKILL: Final = 9

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 from fcntl import fcntl, ioctl
 from pathlib import Path
 from typing import Final, Protocol
@@ -69,9 +68,8 @@ class PipeSink:
 
     async def drained(self) -> None:
         """Wait until the reader has taken everything; for ever if there is no reader."""
-        # A pipe has no event for having become empty.
-        while self._descriptor >= 0 and not self._is_broken and self._bytes_waiting():
-            await trio.sleep(0.002)  # noqa: ASYNC110
+        while not self._is_drained():  # noqa: ASYNC110  # a pipe has no event for being empty
+            await trio.sleep(0.002)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def close(self) -> None:
@@ -81,8 +79,10 @@ class PipeSink:
             trio.lowlevel.notify_closing(descriptor)
             os.close(descriptor)
 
-    def _bytes_waiting(self) -> int:
-        return int.from_bytes(ioctl(self._descriptor, _FIONREAD, bytes(4)), sys.byteorder)
+    def _is_drained(self) -> bool:
+        if self._descriptor < 0 or self._is_broken:
+            return True
+        return not any(ioctl(self._descriptor, _FIONREAD, bytes(4)))
 
     def _enlarge(self) -> None:
         # Only for a stream that has filled its pipe: the memory counts against a host-wide limit,
