@@ -216,6 +216,7 @@ async def connect_daemon(device_id: str, path: Path) -> socket.socket:
                 ) from error
         else:
             return sock
+        # The file is there since bind(2); that listen(2) came as well, no event tells.
         await trio.sleep(CONNECT_RETRY_S)
 
 

@@ -202,6 +202,9 @@ class Container:
     async def _relay(self, process: ContainerProcess, relay: Relay) -> None:
         await relay.run()
         if relay.problem and not self._host.ended.is_set():
+            # Most often the VM is dying, which is told in a moment and says it all.
+            await self._host.explain()
+        if relay.problem and not self._host.ended.is_set():
             self._host.log.warning(
                 "output cut short",
                 container_id=self.id,

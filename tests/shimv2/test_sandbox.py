@@ -216,6 +216,7 @@ async def test_the_death_of_a_part_ends_every_process_with_137_within_a_second(
         assert [message.id for message in shim.publisher.named("exit")] == ["e1", "c1"]
         reason = str(shim.log.named("sandbox failed")[0]["reason"])
         assert {"vmm": "SIGKILL", "agent": "agent"}.get(part, part) in reason
+        assert not shim.log.named("output cut short")
         assert (await shim.state()).status == process_pb.STOPPED
         assert "137" not in str(await refusal(shim.exec("e2")))
         assert (await shim.delete()).exit_status == 137
