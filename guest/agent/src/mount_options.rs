@@ -7,6 +7,14 @@ pub struct MountOptions {
     pub flags: Flags,
     /// What the filesystem itself reads.
     pub data: String,
+    /// What holds for the mounts below as well: attributes of mount_setattr(2).
+    pub below: Below,
+}
+
+#[derive(Debug, Default, PartialEq)]
+pub struct Below {
+    pub set: u64,
+    pub clear: u64,
 }
 
 #[derive(Debug, PartialEq)]
@@ -66,11 +74,36 @@ const PROPAGATION: [(&str, MsFlags); 8] = [
     ("runbindable", MsFlags::MS_UNBINDABLE.union(MsFlags::MS_REC)),
 ];
 
+/// Recursive options: the plain name, the attribute, and whether the option clears it.
+/// Source: the OCI runtime specification, "mounts", Linux options.
+const RECURSIVE: [(&str, &str, u64, bool); 8] = [
+    ("rdev", "dev", libc::MOUNT_ATTR_NODEV, true),
+    ("rexec", "exec", libc::MOUNT_ATTR_NOEXEC, true),
+    ("rnodev", "nodev", libc::MOUNT_ATTR_NODEV, false),
+    ("rnoexec", "noexec", libc::MOUNT_ATTR_NOEXEC, false),
+    ("rnosuid", "nosuid", libc::MOUNT_ATTR_NOSUID, false),
+    ("rro", "ro", libc::MOUNT_ATTR_RDONLY, false),
+    ("rrw", "rw", libc::MOUNT_ATTR_RDONLY, true),
+    ("rsuid", "suid", libc::MOUNT_ATTR_NOSUID, true),
+];
+
 /// Sorts options; what is not an option of every mount is data for the filesystem.
 pub fn parse(options: &[String]) -> MountOptions {
     let mut parsed = MountOptions::default();
     let mut data: Vec<&str> = Vec::new();
     for option in options.iter().flat_map(|option| option.split(',')).filter(|o| !o.is_empty()) {
+        let recursive = RECURSIVE.iter().find(|(name, ..)| *name == option);
+        if let Some((_, _, attribute, clears)) = recursive {
+            let below = &mut parsed.below;
+            let (on, off) = if *clears {
+                (&mut below.clear, &mut below.set)
+            } else {
+                (&mut below.set, &mut below.clear)
+            };
+            *on |= attribute;
+            *off &= !attribute;
+        }
+        let option = recursive.map_or(option, |(_, plain, ..)| *plain);
         if let Some((_, flag, clears)) = TABLE.iter().find(|(name, _, _)| *name == option) {
             if *clears {
                 parsed.flags.mount.remove(*flag);
@@ -102,6 +135,16 @@ mod tests {
         assert_eq!(result.flags.mount, expected);
         assert_eq!(result.flags.propagation, MsFlags::MS_SHARED | MsFlags::MS_REC);
         assert_eq!(result.data, "mode=1777,size=64m");
+    }
+
+    #[test]
+    fn a_recursive_option_holds_for_the_mount_itself_too() {
+        let result = parsed(&["rbind", "rro", "rnosuid"]);
+        assert!(result.flags.mount.contains(MsFlags::MS_RDONLY | MsFlags::MS_NOSUID));
+        assert_eq!(result.below.set, libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID);
+        let result = parsed(&["rro", "rrw"]);
+        assert_eq!(result.below, Below { set: 0, clear: libc::MOUNT_ATTR_RDONLY });
+        assert_eq!(result.flags.mount, MsFlags::empty());
     }
 
     #[test]

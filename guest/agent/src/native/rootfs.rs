@@ -16,7 +16,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{chdir, fchdir, pivot_root};
 
 use super::devices;
-use super::tree::{Sources, Tree};
+use super::tree::{Sources, Tree, set_below};
 use crate::mount_options::{self, MountOptions};
 use crate::pb::grpc::{Linux, Mount, Spec};
 use crate::status::{Context, Result, Status};
@@ -25,7 +25,7 @@ use crate::status::{Context, Result, Status};
 const MAX_LINKS: usize = 40;
 
 /// Options that mean something to other runtimes and nothing to the kernel.
-const NOT_FOR_THE_KERNEL: [&str; 4] = ["tmpcopyup", "copy", "nocopy", "rro"];
+const NOT_FOR_THE_KERNEL: [&str; 3] = ["tmpcopyup", "copy", "nocopy"];
 
 /// Builds the root in the new mount namespace and makes it `/`.
 pub fn enter(spec: &Spec, sources: Sources) -> Result<()> {
@@ -182,6 +182,7 @@ fn mount_one(root: BorrowedFd<'_>, wanted: &Mount, source: Option<Tree>) -> Resu
         let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT | kept_flags(&target);
         change(&target, again).context(|| "setting the options of the bind".to_owned())?;
     }
+    set_below(&top, &options.below).context(|| "setting the recursive options".to_owned())?;
     let default = MsFlags::MS_SLAVE | MsFlags::MS_REC;
     let asked = options.flags.propagation;
     set_propagation(&top, if asked.is_empty() { default } else { asked })

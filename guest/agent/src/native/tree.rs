@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::rootfs::is_bind;
+use crate::mount_options::Below;
 use crate::pb::grpc::Spec;
 use crate::status::{Context, Result, Status};
 
@@ -64,6 +65,27 @@ impl Tree {
         Errno::result(result)?;
         Ok(self.fd)
     }
+}
+
+/// Sets attributes of a mount and of all below it. Source: mount_setattr(2).
+pub fn set_below(top: &OwnedFd, below: &Below) -> nix::Result<()> {
+    if *below == Below::default() {
+        return Ok(());
+    }
+    let attributes: [u64; 4] = [below.set, below.clear, 0, 0];
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: mount_setattr reads an empty string and a struct mount_attr, which is four u64.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            top.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            attributes.as_ptr(),
+            size_of_val(&attributes),
+        )
+    };
+    Errno::result(result).map(drop)
 }
 
 /// The descriptor that a system call has returned.
