@@ -8,13 +8,13 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.configuration import changed_configuration, with_value
 from tests.harness.containerd_api import CallFailed, Tasks, field_values
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.messages import MESSAGES
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
     from tests.harness.node import Node
 
 pytestmark = pytest.mark.usefixtures("kata_only")
-
-
-@contextmanager
-def configuration(node: Node, change: Callable[[str], str]) -> Iterator[None]:
-    """Run with a changed configuration file."""
-    text = node.path(CONFIGURATION).read_text()
-    node.write(CONFIGURATION, change(text))
-    try:
-        yield
-    finally:
-        node.write(CONFIGURATION, text)
-
-
-def with_value(text: str, key: str, value: str) -> str:
-    lines = [f"{key} = {value}" if line.startswith(f"{key} =") else line
-             for line in text.splitlines()]
-    return "\n".join(lines) + "\n"
 
 
 def run_and_fail(ctr: Ctr) -> str:
@@ -60,7 +43,7 @@ def run_and_fail(ctr: Ctr) -> str:
 
 @pytest.mark.parametrize("key", ["path", "kernel", "initrd", "virtio_fs_daemon"])
 def test_missing_file_of_the_configuration_is_named(node: Node, ctr: Ctr, key: str) -> None:
-    with configuration(node, lambda text: with_value(text, key, '"/no/such/file"')):
+    with changed_configuration(node, lambda text: with_value(text, key, '"/no/such/file"')):
         error = run_and_fail(ctr)
     assert "/no/such/file" in error
     assert "No such file" in error or "not exist" in error or "missing" in error, error
@@ -76,7 +59,7 @@ def test_missing_file_of_the_configuration_is_named(node: Node, ctr: Ctr, key: s
 ], ids=["syntax", "unknown key", "type", "unknown table", "range"])
 def test_mistake_in_the_configuration_is_pointed_at(
         node: Node, ctr: Ctr, change: Callable[[str], str], words: list[str]) -> None:
-    with configuration(node, change):
+    with changed_configuration(node, change):
         error = run_and_fail(ctr)
     for word in words:
         assert word in error, error

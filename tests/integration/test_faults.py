@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.harness.configuration import changed_configuration, with_value
 from tests.harness.containerd_api import CallFailed, EventLog, Tasks, field_values
 from tests.harness.ctr import Ctr, fresh_id
-from tests.harness.node import CONFIGURATION
 from tests.harness.parts import VIRTIOFSD, VMM, VSOCK, find_one, find_shims
 from tests.harness.shim_client import ShimClient
 
@@ -163,24 +162,6 @@ def test_stopped_vmm_does_not_stop_state_or_kill(node: Node, ctr: Ctr, tasks: Ta
     ctr.remove(container)
 
 
-@contextmanager
-def configuration(node: Node, change: Callable[[str], str]) -> Iterator[None]:
-    """Run with a changed configuration file."""
-    text = node.path(CONFIGURATION).read_text()
-    node.write(CONFIGURATION, change(text))
-    try:
-        yield
-    finally:
-        node.write(CONFIGURATION, text)
-
-
-def replace_value(text: str, key: str, value: str) -> str:
-    """Set a key of the configuration that stands at the beginning of a line."""
-    lines = [f"{key} = {value}" if line.startswith(f"{key} =") else line
-             for line in text.splitlines()]
-    return "\n".join(lines) + "\n"
-
-
 def short_deadline(text: str) -> str:
     return text.replace("[agent.kata]", "[agent.kata]\ndial_timeout = 4")
 
@@ -189,8 +170,8 @@ def test_guest_that_never_answers_is_given_up_at_the_deadline(node: Node, ctr: C
     """The initrd has an init that only sleeps: the kernel boots, no agent comes."""
     node.run(["sh", "-c", _SILENT_INITRD])
     container = fresh_id("silent")
-    with configuration(node, lambda text: replace_value(
-            short_deadline(text), "initrd", '"/tmp/silent.img"')):
+    with changed_configuration(
+            node, lambda text: with_value(short_deadline(text), "initrd", '"/tmp/silent.img"')):
         begin = time.monotonic()
         done = ctr.run(container, "true")
         assert time.monotonic() - begin < 15
@@ -205,7 +186,8 @@ def test_guest_without_an_init_is_reported_with_its_panic(node: Node, ctr: Ctr) 
     node.run(["sh", "-c", "cd /tmp && mkdir empty && cd empty && mkdir dev && find . | "
               "busybox cpio -o -H newc >/tmp/empty.img 2>/dev/null"])
     container = fresh_id("panics")
-    with configuration(node, lambda text: replace_value(text, "initrd", '"/tmp/empty.img"')):
+    with changed_configuration(
+            node, lambda text: with_value(text, "initrd", '"/tmp/empty.img"')):
         begin = time.monotonic()
         done = ctr.run(container, "true")
         assert time.monotonic() - begin < 20
