@@ -192,6 +192,24 @@ async def test_user_namespace_maps_the_containers_root_to_an_ordinary_user(tmp_p
         assert await guest.output("c1", "e1") == b"0\r\n8\r\n"
 
 
+async def test_recursively_read_only_mount_is_read_only_down_to_its_submounts(
+    tmp_path: Path,
+) -> None:
+    async with running_agent(tmp_path) as guest:
+        # The agent's /run is a mount of its own below /.
+        script = "touch /host/run/made 2>&1; touch /host/made 2>&1; sleep 1000"
+        made = spec(guest.rootfs, ["sh", "-c", script])
+        made.Mounts.add(destination="/host", type="bind", source="/", options=["rbind", "rro"])
+        await guest.client.create_container(
+            agent_pb2.CreateContainerRequest(container_id="c1", exec_id="c1", OCI=made)
+        )
+        await guest.client.start_container("c1")
+        said = b""
+        while said.count(b"\n") < 2:
+            said += await guest.client.read_stdout("c1", "c1")
+        assert said.count(b"Read-only file system") == 2, said
+
+
 async def test_start_hook_runs_in_the_container_and_its_failure_is_the_starts(
     tmp_path: Path,
 ) -> None:
