@@ -31,8 +31,22 @@ STEP_DEADLINE_S: Final = 30.0
 
 _UNIFIED: Final = Path("/sys/fs/cgroup/unified")
 _CGROUPS: Final = (_UNIFIED if _UNIFIED.exists() else Path("/sys/fs/cgroup")) / "kata"
-_ENTER: Final = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--uts", "--ipc",
-                 "--mount-proc", "--", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh")
+_ENTER: Final = (
+    "unshare",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--net",
+    "--uts",
+    "--ipc",
+    "--mount-proc",
+    "--",
+    "sh",
+    "-c",
+    'mount -t tmpfs tmpfs /run && exec "$@"',
+    "sh",
+)
 
 needs_agent = pytest.mark.skipif(
     os.geteuid() != 0 or not AGENT.exists() or not Path(BUSYBOX).exists(),
@@ -79,8 +93,11 @@ def spec(rootfs: Path, args: Sequence[str], *, terminal: bool = False) -> oci_pb
     made.Process.Env.append("PATH=/bin")
     made.Process.Cwd = "/"
     made.Process.Terminal = terminal
-    for names in (made.Process.Capabilities.Bounding, made.Process.Capabilities.Effective,
-                  made.Process.Capabilities.Permitted):
+    for names in (
+        made.Process.Capabilities.Bounding,
+        made.Process.Capabilities.Effective,
+        made.Process.Capabilities.Permitted,
+    ):
         names.extend(["CAP_KILL", "CAP_MKNOD", "CAP_DAC_OVERRIDE"])
     made.Root.Path = str(rootfs)
     for destination, kind, options in (

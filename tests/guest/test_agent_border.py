@@ -105,8 +105,14 @@ async def test_file_appears_when_its_last_piece_is_there(tmp_path: Path) -> None
         async def send(offset: int, data: bytes) -> None:
             await guest.client.copy_file(
                 agent_pb2.CopyFileRequest(
-                    path=f"{SHARED}/d/f", file_size=6, file_mode=0o100640, dir_mode=0o755,
-                    uid=0, gid=0, offset=offset, data=data,
+                    path=f"{SHARED}/d/f",
+                    file_size=6,
+                    file_mode=0o100640,
+                    dir_mode=0o755,
+                    uid=0,
+                    gid=0,
+                    offset=offset,
+                    data=data,
                 )
             )
 

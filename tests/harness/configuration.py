@@ -25,6 +25,7 @@ def changed_configuration(node: Node, change: Callable[[str], str]) -> Iterator[
 
 def with_value(text: str, key: str, value: str) -> str:
     """Set a key that stands at the beginning of a line to a TOML value."""
-    lines = [f"{key} = {value}" if line.startswith(f"{key} =") else line
-             for line in text.splitlines()]
+    lines = [
+        f"{key} = {value}" if line.startswith(f"{key} =") else line for line in text.splitlines()
+    ]
     return "\n".join(lines) + "\n"

@@ -67,8 +67,12 @@ class Tasks:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._channel.close()
 
     def call(self, path: str, request: Any, response: str, *, timeout_s: float = 60) -> Any:
@@ -79,27 +83,42 @@ class Tasks:
         except grpc.RpcError as error:
             raise CallFailed(path.rpartition("/")[2], error) from None
 
-    def create(self, container: str, *, snapshotter: str = "overlayfs", rootfs: bool = True,
-               stdin: str = "", stdout: str = "", stderr: str = "", terminal: bool = False,
-               timeout_s: float = 60) -> int:
+    def create(
+        self,
+        container: str,
+        *,
+        snapshotter: str = "overlayfs",
+        rootfs: bool = True,
+        stdin: str = "",
+        stdout: str = "",
+        stderr: str = "",
+        terminal: bool = False,
+        timeout_s: float = 60,
+    ) -> int:
         """Create the task of a container made by `ctr container create`; return its pid."""
         request = MESSAGES["CreateTaskRequest"](
-            container_id=container, stdin=stdin, stdout=stdout, stderr=stderr, terminal=terminal)
+            container_id=container, stdin=stdin, stdout=stdout, stderr=stderr, terminal=terminal
+        )
         if rootfs:
             mounts = self.call(
                 "/containerd.services.snapshots.v1.Snapshots/Mounts",
                 MESSAGES["MountsRequest"](snapshotter=snapshotter, key=container),
-                "MountsResponse").mounts
+                "MountsResponse",
+            ).mounts
             request.rootfs.extend(mounts)
-        return int(self.call(f"{_TASKS}Create", request, "CreateTaskResponse",
-                             timeout_s=timeout_s).pid)
+        return int(
+            self.call(f"{_TASKS}Create", request, "CreateTaskResponse", timeout_s=timeout_s).pid
+        )
 
     def start(self, container: str, exec_id: str = "") -> int:
         return int(self._process("Start", container, exec_id, "StartResponse").pid)
 
     def wait(self, container: str, exec_id: str = "", timeout_s: float = 60) -> int:
-        return int(self._process("Wait", container, exec_id, "WaitResponse",
-                                 timeout_s=timeout_s).exit_status)
+        return int(
+            self._process(
+                "Wait", container, exec_id, "WaitResponse", timeout_s=timeout_s
+            ).exit_status
+        )
 
     def wait_later(self, container: str, exec_id: str = "") -> PendingWait:
         """Send Wait and return at once."""
@@ -112,25 +131,55 @@ class Tasks:
         return int(self._process("Delete", container, "", "DeleteResponse").exit_status)
 
     def delete_exec(self, container: str, exec_id: str) -> int:
-        return int(self._process("DeleteProcess", container, exec_id,
-                                 "DeleteResponse").exit_status)
+        return int(self._process("DeleteProcess", container, exec_id, "DeleteResponse").exit_status)
 
-    def kill(self, container: str, signal: int, *, exec_id: str = "", everything: bool = False,
-             timeout_s: float = 60) -> None:
-        self.call(f"{_TASKS}Kill", MESSAGES["KillRequest"](
-            container_id=container, exec_id=exec_id, signal=signal, all=everything), "Empty",
-            timeout_s=timeout_s)
+    def kill(
+        self,
+        container: str,
+        signal: int,
+        *,
+        exec_id: str = "",
+        everything: bool = False,
+        timeout_s: float = 60,
+    ) -> None:
+        self.call(
+            f"{_TASKS}Kill",
+            MESSAGES["KillRequest"](
+                container_id=container, exec_id=exec_id, signal=signal, all=everything
+            ),
+            "Empty",
+            timeout_s=timeout_s,
+        )
 
-    def exec(self, container: str, exec_id: str, args: Sequence[str], *, stdin: str = "",
-             stdout: str = "", stderr: str = "", terminal: bool = False,
-             **process: object) -> None:
+    def exec(
+        self,
+        container: str,
+        exec_id: str,
+        args: Sequence[str],
+        *,
+        stdin: str = "",
+        stdout: str = "",
+        stderr: str = "",
+        terminal: bool = False,
+        **process: object,
+    ) -> None:
         """Register an exec; `process` adds to the OCI process."""
-        spec: dict[str, object] = {"args": list(args), "cwd": "/", "user": {"uid": 0, "gid": 0},
-                                   "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
-                                   "terminal": terminal, **process}
+        spec: dict[str, object] = {
+            "args": list(args),
+            "cwd": "/",
+            "user": {"uid": 0, "gid": 0},
+            "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
+            "terminal": terminal,
+            **process,
+        }
         request = MESSAGES["ExecProcessRequest"](
-            container_id=container, exec_id=exec_id, stdin=stdin, stdout=stdout, stderr=stderr,
-            terminal=terminal)
+            container_id=container,
+            exec_id=exec_id,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            terminal=terminal,
+        )
         request.spec.type_url, request.spec.value = f"{_SPEC_TYPE}Process", _json(spec)
         self.call(f"{_TASKS}Exec", request, "Empty")
 
@@ -147,12 +196,20 @@ class Tasks:
         self._process("Resume", container, "", "Empty")
 
     def close_stdin(self, container: str, exec_id: str = "") -> None:
-        self.call(f"{_TASKS}CloseIO", MESSAGES["CloseIORequest"](
-            container_id=container, exec_id=exec_id, stdin=True), "Empty")
+        self.call(
+            f"{_TASKS}CloseIO",
+            MESSAGES["CloseIORequest"](container_id=container, exec_id=exec_id, stdin=True),
+            "Empty",
+        )
 
     def resize(self, container: str, rows: int, columns: int, exec_id: str = "") -> None:
-        self.call(f"{_TASKS}ResizePty", MESSAGES["ResizePtyRequest"](
-            container_id=container, exec_id=exec_id, width=columns, height=rows), "Empty")
+        self.call(
+            f"{_TASKS}ResizePty",
+            MESSAGES["ResizePtyRequest"](
+                container_id=container, exec_id=exec_id, width=columns, height=rows
+            ),
+            "Empty",
+        )
 
     def pids(self, container: str) -> list[int]:
         answer = self._process("ListPids", container, "", "ListPidsResponse")
@@ -165,15 +222,18 @@ class Tasks:
     def status(self, container: str, exec_id: str = "") -> str:
         return STATES[self.get(container, exec_id).status]
 
-    def _process(self, method: str, container: str, exec_id: str, response: str, *,
-                 timeout_s: float = 60) -> Any:
+    def _process(
+        self, method: str, container: str, exec_id: str, response: str, *, timeout_s: float = 60
+    ) -> Any:
         request = MESSAGES["ProcessRequest"](container_id=container, exec_id=exec_id)
         return self.call(_TASKS + method, request, response, timeout_s=timeout_s)
 
     def _stub(self, path: str, response: str) -> Any:
         return self._channel.unary_unary(
-            path, request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=MESSAGES[response].FromString)
+            path,
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=MESSAGES[response].FromString,
+        )
 
 
 class EventLog:
@@ -184,9 +244,11 @@ class EventLog:
         subscribe = self._channel.unary_stream(
             "/containerd.services.events.v1.Events/Subscribe",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=MESSAGES["Envelope"].FromString)
-        self._stream: Any = subscribe(MESSAGES["SubscribeRequest"](
-            filters=[f"namespace=={node.name}"]))
+            response_deserializer=MESSAGES["Envelope"].FromString,
+        )
+        self._stream: Any = subscribe(
+            MESSAGES["SubscribeRequest"](filters=[f"namespace=={node.name}"])
+        )
         self._namespace = node.name
         self._queue: queue.Queue[Any] = queue.Queue()
         self.seen: list[Any] = []
@@ -198,7 +260,8 @@ class EventLog:
         publish = self._channel.unary_unary(
             "/containerd.services.events.v1.Events/Publish",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=MESSAGES["Empty"].FromString)
+            response_deserializer=MESSAGES["Empty"].FromString,
+        )
         request = MESSAGES["PublishRequest"](topic=_SUBSCRIBED)
         request.event.type_url = "kata.test.Subscribed"
         for _ in range(100):
@@ -231,16 +294,19 @@ class EventLog:
             except queue.Empty:
                 raise AssertionError(
                     f"no {topic} of {container} within {timeout_s} s; seen: "
-                    f"{[seen.topic for seen in self.seen]}") from None
+                    f"{[seen.topic for seen in self.seen]}"
+                ) from None
             self.seen.append(envelope)
             if envelope.topic == topic and container.encode() in envelope.event.value:
                 return envelope
 
     def topics(self, container: str) -> list[str]:
         """List the task topics about a container among what was taken so far."""
-        return [envelope.topic for envelope in self.seen
-                if envelope.topic.startswith("/tasks/")
-                and container.encode() in envelope.event.value]
+        return [
+            envelope.topic
+            for envelope in self.seen
+            if envelope.topic.startswith("/tasks/") and container.encode() in envelope.event.value
+        ]
 
 
 def field_values(message: bytes) -> dict[int, int | bytes]:
@@ -258,7 +324,7 @@ def field_values(message: bytes) -> dict[int, int | bytes]:
         else:
             assert tag & 7 == 2, f"wire type {tag & 7}"
             length, position = _varint(message, position)
-            value, position = message[position:position + length], position + length
+            value, position = message[position : position + length], position + length
         fields[tag >> 3] = value
     return fields
 
@@ -275,5 +341,3 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 def _json(value: object) -> bytes:
     return json.dumps(value).encode()
-
-

@@ -113,7 +113,11 @@ class ContainerdDaemon:
             notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._process = self._node.popen(
                 [str(self.version.directory / "containerd"), "-c", "/etc/containerd/config.toml"],
-                env={"NOTIFY_SOCKET": _NOTIFY}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                env={"NOTIFY_SOCKET": _NOTIFY},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
             self.pid = self._wait_ready(notify)
 
     def _wait_ready(self, notify: socket.socket) -> int:

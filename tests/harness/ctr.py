@@ -40,43 +40,85 @@ class Ctr:
         self.node = node
         self.runtime = runtime
 
-    def run_argv(self, container: str, command: Sequence[str], options: Sequence[str] = (),
-                 image: str = BUSYBOX_IMAGE) -> list[str]:
+    def run_argv(
+        self,
+        container: str,
+        command: Sequence[str],
+        options: Sequence[str] = (),
+        image: str = BUSYBOX_IMAGE,
+    ) -> list[str]:
         """Return the argv of `ctr run`."""
         return ["ctr", "run", "--runtime", self.runtime, *options, image, container, *command]
 
-    def run(self, container: str, *command: str, options: Sequence[str] = ("--rm",),
-            image: str = BUSYBOX_IMAGE, stdin: bytes = b"", check: bool = False,
-            timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(
+        self,
+        container: str,
+        *command: str,
+        options: Sequence[str] = ("--rm",),
+        image: str = BUSYBOX_IMAGE,
+        stdin: bytes = b"",
+        check: bool = False,
+        timeout_s: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
         """Run a container to its end; the status of ctr is the container's."""
-        return self.node.run(self.run_argv(container, command, options, image), check=check,
-                             stdin=stdin, timeout_s=timeout_s)
+        return self.node.run(
+            self.run_argv(container, command, options, image),
+            check=check,
+            stdin=stdin,
+            timeout_s=timeout_s,
+        )
 
-    def start(self, container: str, *command: str, options: Sequence[str] = (),
-              image: str = BUSYBOX_IMAGE) -> None:
+    def start(
+        self, container: str, *command: str, options: Sequence[str] = (), image: str = BUSYBOX_IMAGE
+    ) -> None:
         """Start a detached container without stdio; raises AssertionError if it doesn't start."""
         argv = self.run_argv(container, command, ["-d", "--null-io", *options], image)
         self.node.run(argv)
 
-    def popen(self, container: str, *command: str, options: Sequence[str] = ("--rm",),
-              stdin: _Output = None, stdout: _Output = None, stderr: _Output = None,
-              ) -> subprocess.Popen[bytes]:
+    def popen(
+        self,
+        container: str,
+        *command: str,
+        options: Sequence[str] = ("--rm",),
+        stdin: _Output = None,
+        stdout: _Output = None,
+        stderr: _Output = None,
+    ) -> subprocess.Popen[bytes]:
         """Start `ctr run` attached and return its process."""
-        return self.node.popen(self.run_argv(container, command, options),
-                               stdin=stdin, stdout=stdout, stderr=stderr)
+        return self.node.popen(
+            self.run_argv(container, command, options), stdin=stdin, stdout=stdout, stderr=stderr
+        )
 
-    def task(self, *arguments: str, check: bool = True, stdin: bytes = b"",
-             timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def task(
+        self, *arguments: str, check: bool = True, stdin: bytes = b"", timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """Run `ctr task …`."""
-        return self.node.run(["ctr", "task", *arguments], check=check, stdin=stdin,
-                             timeout_s=timeout_s)
+        return self.node.run(
+            ["ctr", "task", *arguments], check=check, stdin=stdin, timeout_s=timeout_s
+        )
 
-    def exec(self, container: str, *command: str, options: Sequence[str] = (), stdin: bytes = b"",
-             check: bool = False, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    def exec(
+        self,
+        container: str,
+        *command: str,
+        options: Sequence[str] = (),
+        stdin: bytes = b"",
+        check: bool = False,
+        timeout_s: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in a running container; the status of ctr is the command's."""
         exec_id = fresh_id("exec")
-        return self.task("exec", "--exec-id", exec_id, *options, container, *command, check=check,
-                         stdin=stdin, timeout_s=timeout_s)
+        return self.task(
+            "exec",
+            "--exec-id",
+            exec_id,
+            *options,
+            container,
+            *command,
+            check=check,
+            stdin=stdin,
+            timeout_s=timeout_s,
+        )
 
     def status(self, container: str) -> str | None:
         """Return the state `ctr task ls` shows: RUNNING, STOPPED, …; None for no such task."""
@@ -110,14 +152,21 @@ class Ctr:
 class Terminal:
     """A process of the node on a pseudo-terminal, as if a person sat there."""
 
-    def __init__(self, node: Node, argv: Sequence[str], *, rows: int = 24,
-                 columns: int = 80) -> None:
+    def __init__(
+        self, node: Node, argv: Sequence[str], *, rows: int = 24, columns: int = 80
+    ) -> None:
         self._master, slave = pty.openpty()
         self._seen = b""
         self.resize(rows, columns)
         try:
-            self.process = node.popen(argv, stdin=slave, stdout=slave, stderr=slave,
-                                      env={"TERM": "vt100"}, wrapper=["setsid", "--ctty", "--wait"])
+            self.process = node.popen(
+                argv,
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                env={"TERM": "vt100"},
+                wrapper=["setsid", "--ctty", "--wait"],
+            )
         finally:
             os.close(slave)
 

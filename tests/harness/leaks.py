@@ -28,8 +28,16 @@ _FILE_ROOTS = ("/run", "/tmp", "/dev/shm", f"{ROOT}/{_TASKS}")
 # Failure reports outlive their sandbox on purpose (at most 32).
 _SKIPPED = (ROOT, "/run/.node", "/run/kata-reports")
 #: Parents that stay once made; what lies in them doesn't.
-_KEPT_DIRECTORIES = {"/run/kata", "/run/kata-containers", "/run/vc", "/run/runc", "/run/mount",
-                     "/run/containerd/s", "/run/containerd/fifo", "/run/containerd/runc"}
+_KEPT_DIRECTORIES = {
+    "/run/kata",
+    "/run/kata-containers",
+    "/run/vc",
+    "/run/runc",
+    "/run/mount",
+    "/run/containerd/s",
+    "/run/containerd/fifo",
+    "/run/containerd/runc",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def take_snapshot(node: Node, long_lived: Iterable[int] = ()) -> Snapshot:
         snapshot.add("process", name, hint)
     for line in _lines(Path(f"/proc/{node.pid}/mountinfo")):
         fields = line.split()
-        source = " ".join(fields[fields.index("-") + 1:])
+        source = " ".join(fields[fields.index("-") + 1 :])
         snapshot.add("mount", f"{fields[4]} [{fields[0]}]", source)
     for line in _lines(Path("/proc/self/mountinfo")):
         if node.name in line:
@@ -95,12 +103,17 @@ def find_leaks(node: Node, before: Snapshot, after: Snapshot) -> list[Leak]:
     if not any(leak.kind in {"socket", "file"} for leak in leaks):
         return leaks
     holders = _holders(node)
-    return [Leak(leak.kind, leak.name, holders.get(leak.owner or leak.name, ""))
-            if leak.kind in {"socket", "file"} else leak for leak in leaks]
+    return [
+        Leak(leak.kind, leak.name, holders.get(leak.owner or leak.name, ""))
+        if leak.kind in {"socket", "file"}
+        else leak
+        for leak in leaks
+    ]
 
 
-def wait_for_no_leaks(node: Node, before: Snapshot, *, long_lived: Iterable[int] = (),
-                      deadline_s: float = DEADLINE_S) -> list[Leak]:
+def wait_for_no_leaks(
+    node: Node, before: Snapshot, *, long_lived: Iterable[int] = (), deadline_s: float = DEADLINE_S
+) -> list[Leak]:
     """Compare with `before` until nothing is left or the deadline has passed; return the rest."""
     pids = tuple(long_lived)
     deadline = time.monotonic() + deadline_s
@@ -122,9 +135,13 @@ def _processes(node: Node) -> Iterator[tuple[str, str]]:
 def _files(node: Node, root: str) -> Iterator[str]:
     base = str(node.path("")).rstrip("/")
     for directory, names, files in os.walk(base + root):
-        inside = directory[len(base):]
-        names[:] = [name for name in names if f"{inside}/{name}" not in _SKIPPED
-                    and _device(f"{directory}/{name}") == _device(directory)]
+        inside = directory[len(base) :]
+        names[:] = [
+            name
+            for name in names
+            if f"{inside}/{name}" not in _SKIPPED
+            and _device(f"{directory}/{name}") == _device(directory)
+        ]
         if inside in _KEPT_DIRECTORIES or inside.rpartition("/")[2] == node.name:
             pass
         elif inside not in {root, STATE}:

@@ -22,18 +22,32 @@ def _load() -> dict[str, Any]:
     output = BUILD / "tests" / "containerd.descriptors"
     output.parent.mkdir(parents=True, exist_ok=True)
     well_known = Path(protoc.__file__).with_name("_proto")
-    status = protoc.main(["protoc", f"-I{_PROTO.parent}", f"-I{well_known}", "--include_imports",
-                          f"--descriptor_set_out={output}", str(_PROTO)])
+    status = protoc.main(
+        [
+            "protoc",
+            f"-I{_PROTO.parent}",
+            f"-I{well_known}",
+            "--include_imports",
+            f"--descriptor_set_out={output}",
+            str(_PROTO),
+        ]
+    )
     if status != 0:
         raise RuntimeError(f"protoc exited with {status}")
     files = descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes())
     pool = descriptor_pool.DescriptorPool()
     for file in files.file:
         pool.Add(file)
-    names = [message.name for file in files.file if file.package == _PACKAGE
-             for message in file.message_type]
-    return {name: message_factory.GetMessageClass(
-        pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in names}
+    names = [
+        message.name
+        for file in files.file
+        if file.package == _PACKAGE
+        for message in file.message_type
+    ]
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+        for name in names
+    }
 
 
 #: Message class by its name in proto/containerd.proto.

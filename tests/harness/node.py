@@ -98,43 +98,91 @@ class Node:
 
     def argv(self, command: Sequence[str]) -> list[str]:
         """Return the argv that runs `command` inside the node."""
-        return ["nsenter", "-t", str(self.pid), "-m", "-n", "-p", "-i", "-u",
-                "--wd=/", "--", *command]
+        return [
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "-m",
+            "-n",
+            "-p",
+            "-i",
+            "-u",
+            "--wd=/",
+            "--",
+            *command,
+        ]
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of a process in the node: shim first in PATH, then containerd."""
         path = f"{BUILD / 'bin'}:{self.version.directory}:{_BASE_PATH}"
-        return {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8",
-                "CONTAINERD_ADDRESS": ADDRESS, "CONTAINERD_NAMESPACE": self.name,
-                "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS": "1",
-                **(extra or {})}
+        return {
+            "PATH": path,
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            "CONTAINERD_ADDRESS": ADDRESS,
+            "CONTAINERD_NAMESPACE": self.name,
+            "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS": "1",
+            **(extra or {}),
+        }
 
-    def popen(self, command: Sequence[str], *, env: Mapping[str, str] | None = None,
-              stdin: _Output = None, stdout: _Output = None, stderr: _Output = None,
-              wrapper: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    def popen(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        stdin: _Output = None,
+        stdout: _Output = None,
+        stderr: _Output = None,
+        wrapper: Sequence[str] = (),
+    ) -> subprocess.Popen[bytes]:
         """Start a command in the node. Its pid is that of nsenter, which passes its status on."""
-        process = subprocess.Popen([*wrapper, *self.argv(command)], env=self.environment(env),
-                                   stdin=stdin, stdout=stdout, stderr=stderr)
+        process = subprocess.Popen(
+            [*wrapper, *self.argv(command)],
+            env=self.environment(env),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+        )
         self._started.append(process)
         return process
 
-    def run(self, command: Sequence[str], *, check: bool = True, timeout_s: float = 60,
-            stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        check: bool = True,
+        timeout_s: float = 60,
+        stdin: bytes = b"",
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in the node to its end; with `check` a failure raises AssertionError."""
-        done = subprocess.run(self.argv(command), env=self.environment(), input=stdin,
-                              capture_output=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            self.argv(command),
+            env=self.environment(),
+            input=stdin,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
         result = subprocess.CompletedProcess(
-            list(command), done.returncode, done.stdout.decode(errors="replace"),
-            done.stderr.decode(errors="replace"))
+            list(command),
+            done.returncode,
+            done.stdout.decode(errors="replace"),
+            done.stderr.decode(errors="replace"),
+        )
         if check and done.returncode != 0:
-            raise AssertionError(f"{' '.join(command)} exited with {done.returncode}:\n"
-                                 f"{result.stdout}{result.stderr}")
+            raise AssertionError(
+                f"{' '.join(command)} exited with {done.returncode}:\n"
+                f"{result.stdout}{result.stderr}"
+            )
         return result
 
     def processes(self) -> list[NodeProcess]:
         """List the processes of the node but its PID 1 and the zombies, by their pids inside."""
-        found = (_read_process(directory) for directory in self.path("/proc").iterdir()
-                 if directory.name.isdigit() and directory.name != "1")
+        found = (
+            _read_process(directory)
+            for directory in self.path("/proc").iterdir()
+            if directory.name.isdigit() and directory.name != "1"
+        )
         return [process for process in found if process is not None and process.state != "Z"]
 
     def find(self, text: str) -> list[NodeProcess]:
@@ -150,8 +198,7 @@ class Node:
         found: list[Path] = []
         for mountpoint in _cgroup_mounts():
             for parent, names, _ in os.walk(mountpoint):
-                found += [Path(parent, name) for name in names
-                          if self.name in f"{parent}/{name}"]
+                found += [Path(parent, name) for name in names if self.name in f"{parent}/{name}"]
         return found
 
     def _start_holder(self) -> None:
@@ -160,10 +207,29 @@ class Node:
         holder = Path(__file__).with_name("holder.py")
         log = (self.log_directory / f"{self.name}-holder.log").open("wb")
         self._holder = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--ipc",
-             "--uts", "--fork", "--kill-child=KILL", "--mount-proc",
-             sys.executable, "-I", "-S", str(holder), settings],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            [
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "unshare",
+                "--mount",
+                "--net",
+                "--pid",
+                "--ipc",
+                "--uts",
+                "--fork",
+                "--kill-child=KILL",
+                "--mount-proc",
+                sys.executable,
+                "-I",
+                "-S",
+                str(holder),
+                settings,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
         log.close()
         assert self._holder.stdout is not None
         with self._holder.stdout as answer:
@@ -211,8 +277,15 @@ def _read_process(directory: Path) -> NodeProcess | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = tail.split()
-    return NodeProcess(int(directory.name), int(fields[1]), fields[0], int(fields[19]),
-                       head.partition("(")[2], command.decode(errors="replace").strip(), directory)
+    return NodeProcess(
+        int(directory.name),
+        int(fields[1]),
+        fields[0],
+        int(fields[19]),
+        head.partition("(")[2],
+        command.decode(errors="replace").strip(),
+        directory,
+    )
 
 
 def _cgroup_mounts() -> list[str]:

@@ -28,8 +28,23 @@ from pathlib import Path
 BUSYBOX_IMAGE = "docker.io/library/busybox:latest"
 PAUSE_IMAGE = "docker.io/library/pause:latest"
 
-_DIRECTORIES = ("bin", "dev", "etc", "home", "proc", "root", "run", "sbin", "sys", "tmp", "usr",
-                "usr/bin", "usr/sbin", "var", "var/log")
+_DIRECTORIES = (
+    "bin",
+    "dev",
+    "etc",
+    "home",
+    "proc",
+    "root",
+    "run",
+    "sbin",
+    "sys",
+    "tmp",
+    "usr",
+    "usr/bin",
+    "usr/sbin",
+    "var",
+    "var/log",
+)
 _ETC = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
     "etc/group": "root:x:0:\ntty:x:5:\nnobody:x:65534:\n",
@@ -41,10 +56,10 @@ _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # pause() for ever. With handlers, because Kata agents turn a TERM that has none into a KILL.
 _PAUSE_CODE = bytes.fromhex(
     "488d3547000000bf0f000000e824000000bf02000000e81a000000"  # act: TERM, INT
-    "488d354c000000bf11000000e809000000"                      # ign: CHLD
-    "b8220000000f05ebf7"                                      # loop: pause()
-    "b80d00000031d241ba080000000f05c3"                        # rt_sigaction(edi, rsi, 0, 8)
-    "b83c00000031ff0f05"                                      # handler: exit(0)
+    "488d354c000000bf11000000e809000000"  # ign: CHLD
+    "b8220000000f05ebf7"  # loop: pause()
+    "b80d00000031d241ba080000000f05c3"  # rt_sigaction(edi, rsi, 0, 8)
+    "b83c00000031ff0f05"  # handler: exit(0)
     "bd004000000000000000000400000000bd004000000000000000000000000000"  # act {handler, RESTORER}
     "0100000000000000000000000000000000000000000000000000000000000000"  # ign {SIG_IGN}
 )
@@ -87,8 +102,12 @@ def busybox_entries() -> list[Entry]:
 
 def pause_entries() -> list[Entry]:
     """Describe the pause image: one static program that sleeps until TERM or INT."""
-    return [Entry("dev", 0o755), Entry("proc", 0o755), Entry("sys", 0o755),
-            Entry("pause", 0o755, data=_elf(_PAUSE_CODE))]
+    return [
+        Entry("dev", 0o755),
+        Entry("proc", 0o755),
+        Entry("sys", 0o755),
+        Entry("pause", 0o755, data=_elf(_PAUSE_CODE)),
+    ]
 
 
 def write_rootfs(entries: list[Entry], target: Path) -> None:
@@ -113,29 +132,48 @@ def write_image(entries: list[Entry], name: str, process: Mapping[str, object], 
     """
     layer = _layer(entries)
     packed = gzip.compress(layer, compresslevel=6, mtime=0)
-    config = _json({
-        "architecture": "amd64", "os": "linux", "created": "1970-01-01T00:00:00Z",
-        "config": dict(process),
-        "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
-        "history": [{"created": "1970-01-01T00:00:00Z", "created_by": "oci_image.py"}],
-    })
-    manifest = _json({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": _descriptor("application/vnd.oci.image.config.v1+json", config),
-        "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar+gzip", packed)],
-    })
+    config = _json(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "created": "1970-01-01T00:00:00Z",
+            "config": dict(process),
+            "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]},
+            "history": [{"created": "1970-01-01T00:00:00Z", "created_by": "oci_image.py"}],
+        }
+    )
+    manifest = _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": _descriptor("application/vnd.oci.image.config.v1+json", config),
+            "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar+gzip", packed)],
+        }
+    )
     listed = _descriptor("application/vnd.oci.image.manifest.v1+json", manifest)
     listed["platform"] = {"architecture": "amd64", "os": "linux"}
-    listed["annotations"] = {"io.containerd.image.name": name,
-                             "org.opencontainers.image.ref.name": name.rpartition(":")[2]}
+    listed["annotations"] = {
+        "io.containerd.image.name": name,
+        "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+    }
     files = {
         "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
-        "index.json": _json({"schemaVersion": 2, "manifests": [listed],
-                             "mediaType": "application/vnd.oci.image.index.v1+json"}),
+        "index.json": _json(
+            {
+                "schemaVersion": 2,
+                "manifests": [listed],
+                "mediaType": "application/vnd.oci.image.index.v1+json",
+            }
+        ),
         **{f"blobs/sha256/{_digest(blob)[7:]}": blob for blob in (config, packed, manifest)},
     }
-    archive = _layer([Entry("blobs", 0o755), Entry("blobs/sha256", 0o755),
-                      *(Entry(path, 0o644, data=data) for path, data in sorted(files.items()))])
+    archive = _layer(
+        [
+            Entry("blobs", 0o755),
+            Entry("blobs/sha256", 0o755),
+            *(Entry(path, 0o644, data=data) for path, data in sorted(files.items())),
+        ]
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.write_bytes(archive)
@@ -191,14 +229,15 @@ def _elf(code: bytes) -> bytes:
     base, headers = 0x400000, 64 + 56
     size = headers + len(code)
     ident = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header = ident + struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1,
-                                 0, 0, 0)
+    header = ident + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 62, 1, base + headers, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
     program = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000)
     return header + program + code
 
 
 def _has_interpreter(binary: bytes) -> bool:
-    offset, = struct.unpack_from("<Q", binary, 32)
+    (offset,) = struct.unpack_from("<Q", binary, 32)
     size, count = struct.unpack_from("<HH", binary, 54)
     kinds = (struct.unpack_from("<I", binary, offset + size * n)[0] for n in range(count))
     return any(kind == 3 for kind in kinds)  # PT_INTERP

@@ -18,16 +18,22 @@ def find_parts(node: Node, comm: str) -> list[NodeProcess]:
     """List the processes of one name whose parent has another: the parts, not their helpers."""
     processes = node.processes()
     names = {process.pid: process.comm for process in processes}
-    return [process for process in processes
-            if process.comm == comm and names.get(process.parent) != comm]
+    return [
+        process
+        for process in processes
+        if process.comm == comm and names.get(process.parent) != comm
+    ]
 
 
 def find_shims(ctr: Ctr) -> list[NodeProcess]:
     """List the serving shims of the runtime under test."""
     name = "containerd-shim-kata-v2" if ctr.runtime == KATA else "containerd-shim-runc-v2"
     daemons = {process.pid for process in ctr.node.find("/containerd -c ")}
-    return [process for process in ctr.node.find(name)
-            if process.parent not in daemons and process.parent in {0, 1}]
+    return [
+        process
+        for process in ctr.node.find(name)
+        if process.parent not in daemons and process.parent in {0, 1}
+    ]
 
 
 def find_one(node: Node, comm: str) -> NodeProcess:

@@ -57,7 +57,8 @@ class ShimClient:
     def connect(self, container: str) -> Any:
         request = MESSAGES["ConnectRequest"](id=container)
         return MESSAGES["ConnectResponse"].FromString(
-            self.call("Connect", request.SerializeToString()))
+            self.call("Connect", request.SerializeToString())
+        )
 
     def state(self, container: str) -> bytes | ShimRefused:
         """Return the State response's bytes, or the refusal, which is an answer, too."""

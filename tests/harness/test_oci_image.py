@@ -40,13 +40,13 @@ def test_every_blob_is_named_by_its_digest_and_reachable_from_the_index(tmp_path
         index = json.load(index_file)
     for digest, blob in blobs.items():
         assert digest == f"sha256:{hashlib.sha256(blob).hexdigest()}"
-    listed, = index["manifests"]
+    (listed,) = index["manifests"]
     assert listed["annotations"]["io.containerd.image.name"] == oci_image.BUSYBOX_IMAGE
     manifest = json.loads(blobs[listed["digest"]])
     assert manifest["config"]["digest"] in blobs
     assert [layer["digest"] for layer in manifest["layers"]] == [
-        digest for digest in blobs
-        if digest not in {listed["digest"], manifest["config"]["digest"]}]
+        digest for digest in blobs if digest not in {listed["digest"], manifest["config"]["digest"]}
+    ]
 
 
 def test_rootfs_has_a_shell_and_no_dangling_applet(tmp_path: Path) -> None:

@@ -49,16 +49,28 @@ def test_missing_file_of_the_configuration_is_named(node: Node, ctr: Ctr, key: s
     assert "No such file" in error or "not exist" in error or "missing" in error, error
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda text: text + "\n[broken\n", ["configuration.toml"]),
-    (lambda text: text.replace("kernel =", "kernle ="), ["configuration.toml", "kernle", "kernel"]),
-    (lambda text: with_value(text, "kernel", "5"), ["kernel", "5"]),
-    (lambda text: text.replace("[hypervisor.qemu]", "[hypervisor.qemoo]"), ["qemoo", "qemu"]),
-    (lambda text: text.replace("[hypervisor.qemu]", "[hypervisor.qemu]\ndefault_memory = -5"),
-     ["default_memory", "-5"]),
-], ids=["syntax", "unknown key", "type", "unknown table", "range"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text + "\n[broken\n", ["configuration.toml"]),
+        (
+            lambda text: text.replace("kernel =", "kernle ="),
+            ["configuration.toml", "kernle", "kernel"],
+        ),
+        (lambda text: with_value(text, "kernel", "5"), ["kernel", "5"]),
+        (lambda text: text.replace("[hypervisor.qemu]", "[hypervisor.qemoo]"), ["qemoo", "qemu"]),
+        (
+            lambda text: text.replace(
+                "[hypervisor.qemu]", "[hypervisor.qemu]\ndefault_memory = -5"
+            ),
+            ["default_memory", "-5"],
+        ),
+    ],
+    ids=["syntax", "unknown key", "type", "unknown table", "range"],
+)
 def test_mistake_in_the_configuration_is_pointed_at(
-        node: Node, ctr: Ctr, change: Callable[[str], str], words: list[str]) -> None:
+    node: Node, ctr: Ctr, change: Callable[[str], str], words: list[str]
+) -> None:
     with changed_configuration(node, change):
         error = run_and_fail(ctr)
     for word in words:
@@ -76,8 +88,9 @@ def test_missing_configuration_is_named(node: Node, ctr: Ctr) -> None:
 
 def test_unknown_rootfs_type_is_named(node: Node, ctr: Ctr) -> None:
     container = fresh_id("rootfs")
-    node.run(["ctr", "container", "create", "--runtime", ctr.runtime, BUSYBOX_IMAGE, container,
-              "true"])
+    node.run(
+        ["ctr", "container", "create", "--runtime", ctr.runtime, BUSYBOX_IMAGE, container, "true"]
+    )
     request = MESSAGES["CreateTaskRequest"](container_id=container)
     request.rootfs.add(type="nosuchfs", source="/tmp", options=["ro"])
     with Tasks(node) as tasks, pytest.raises(CallFailed) as refused:
@@ -100,18 +113,38 @@ class Bundle:
 
     def shim(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         """Run the program in the bundle with containerd's flags."""
-        command = ["sh", "-c", 'cd "$0" && exec containerd-shim-kata-v2 "$@"', self.inside,
-                   "-namespace", self.node.name, "-address", "/run/containerd/containerd.sock",
-                   "-publish-binary", "/usr/bin/containerd", "-id", self.id, *arguments]
-        return subprocess.run(self.node.argv(command), env=self.node.environment(),
-                              capture_output=True, timeout=20, check=False)
+        command = [
+            "sh",
+            "-c",
+            'cd "$0" && exec containerd-shim-kata-v2 "$@"',
+            self.inside,
+            "-namespace",
+            self.node.name,
+            "-address",
+            "/run/containerd/containerd.sock",
+            "-publish-binary",
+            "/usr/bin/containerd",
+            "-id",
+            self.id,
+            *arguments,
+        ]
+        return subprocess.run(
+            self.node.argv(command),
+            env=self.node.environment(),
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
 
     def remove(self) -> None:
         self.node.run(["rm", "-r", "/tmp/bundle"])
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"annotations": 5}', "\x00\x01"],
-                         ids=["cut off", "list", "wrong type", "binary"])
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", '{"annotations": 5}', "\x00\x01"],
+    ids=["cut off", "list", "wrong type", "binary"],
+)
 @pytest.mark.usefixtures("ctr")
 def test_start_refuses_an_invalid_config_json(node: Node, config: str) -> None:
     bundle = Bundle(node, config)
@@ -124,8 +157,9 @@ def test_start_refuses_an_invalid_config_json(node: Node, config: str) -> None:
 
 @pytest.mark.usefixtures("ctr")
 def test_start_of_an_unknown_container_type_names_it(node: Node) -> None:
-    bundle = Bundle(node, json.dumps(
-        {"annotations": {"io.kubernetes.cri.container-type": "spaceship"}}))
+    bundle = Bundle(
+        node, json.dumps({"annotations": {"io.kubernetes.cri.container-type": "spaceship"}})
+    )
     done = bundle.shim("start")
     assert done.returncode == 1, done
     assert b"spaceship" in done.stdout + done.stderr
@@ -158,8 +192,14 @@ def test_wrong_command_lines_exit_1_with_a_sentence(node: Node) -> None:
 def test_version_and_info_answer(node: Node) -> None:
     assert "io.containerd.kata.v2" in node.run(["containerd-shim-kata-v2", "--version"]).stdout
     assert node.run(["containerd-shim-kata-v2", "-v"]).stdout
-    done = subprocess.run(node.argv(["containerd-shim-kata-v2", "-info"]), capture_output=True,
-                          env=node.environment(), stdin=subprocess.DEVNULL, timeout=20, check=True)
+    done = subprocess.run(
+        node.argv(["containerd-shim-kata-v2", "-info"]),
+        capture_output=True,
+        env=node.environment(),
+        stdin=subprocess.DEVNULL,
+        timeout=20,
+        check=True,
+    )
     assert field_values(done.stdout)[1] == b"io.containerd.kata.v2"
 
 
@@ -182,7 +222,7 @@ def test_malformed_frames_hurt_nobody_else(node: Node, ctr: Ctr) -> None:
     bundle = f"/run/containerd/io.containerd.runtime.v2.task/{node.name}/{container}"
     address = node.path(f"{bundle}/address").read_text().removeprefix("unix://")
     path = node.path(address)
-    shim, = find_shims(ctr)
+    (shim,) = find_shims(ctr)
     before = rss_kib(shim.directory)
     with ShimClient(path) as client:
         assert isinstance(client.state(container), bytes)

@@ -16,8 +16,12 @@ from tests.harness.parts import find_shims
 def test_exec_statuses_streams_and_stdin(ctr: Ctr) -> None:
     container = fresh_id("exec")
     ctr.start(container, "sleep", "1000")
-    for script, status in (("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137),
-                           ("kill -TERM $$", 143)):
+    for script, status in (
+        ("exit 0", 0),
+        ("exit 7", 7),
+        ("kill -9 $$", 137),
+        ("kill -TERM $$", 143),
+    ):
         assert ctr.exec(container, "sh", "-c", script).returncode == status
     done = ctr.exec(container, "sh", "-c", "echo out; echo err >&2; exit 3")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
@@ -82,6 +86,7 @@ def test_200_execs_in_a_row_leave_the_shim_as_it_was(ctr: Ctr) -> None:
     container = fresh_id("many")
     ctr.start(container, "sleep", "1000")
     with Tasks(ctr.node) as tasks:
+
         def batch(count: int) -> None:
             for number in range(count):
                 tasks.exec(container, f"e{number}", ["true"])
@@ -100,8 +105,12 @@ def test_200_execs_in_a_row_leave_the_shim_as_it_was(ctr: Ctr) -> None:
 
 
 def shim_size(ctr: Ctr) -> dict[str, int]:
-    shim, = find_shims(ctr)
-    status = dict(line.split(":", 1)
-                  for line in (shim.directory / "status").read_text().splitlines())
-    return {"fds": len(list((shim.directory / "fd").iterdir())), "threads": int(status["Threads"]),
-            "rss_kib": int(status["VmRSS"].split()[0])}
+    (shim,) = find_shims(ctr)
+    status = dict(
+        line.split(":", 1) for line in (shim.directory / "status").read_text().splitlines()
+    )
+    return {
+        "fds": len(list((shim.directory / "fd").iterdir())),
+        "threads": int(status["Threads"]),
+        "rss_kib": int(status["VmRSS"].split()[0]),
+    }

@@ -22,8 +22,10 @@ pytestmark = pytest.mark.usefixtures("kata_only")
 
 #: Writes to sysrq, but never if the container should be running on the host's own kernel.
 # A proc of the container's own, because the given one has sysrq-trigger read-only.
-_SYSRQ = ('mkdir /own && mount -t proc proc /own && [ "$(uname -r)" != "{release}" ] && '
-          "echo {key} >/own/sysrq-trigger; sleep 1000")
+_SYSRQ = (
+    'mkdir /own && mount -t proc proc /own && [ "$(uname -r)" != "{release}" ] && '
+    "echo {key} >/own/sysrq-trigger; sleep 1000"
+)
 
 
 @pytest.fixture
@@ -39,7 +41,8 @@ def expect_137_within(events: EventLog, container: str, begin: float, limit_s: f
 
 
 def test_killed_vmm_means_137_within_a_second_and_a_reason(
-        node: Node, ctr: Ctr, tasks: Tasks) -> None:
+    node: Node, ctr: Ctr, tasks: Tasks
+) -> None:
     container = fresh_id("vmm")
     ctr.start(container, "sleep", "1000")
     with EventLog(node) as events:
@@ -59,7 +62,8 @@ def test_killed_vmm_means_137_within_a_second_and_a_reason(
 
 @pytest.mark.parametrize("part", [VIRTIOFSD, VSOCK])
 def test_killed_helper_means_137_and_a_reason(
-        node: Node, ctr: Ctr, tasks: Tasks, part: str) -> None:
+    node: Node, ctr: Ctr, tasks: Tasks, part: str
+) -> None:
     container = fresh_id("helper")
     ctr.start(container, "sleep", "1000")
     with EventLog(node) as events:
@@ -75,7 +79,7 @@ def test_killed_helper_means_137_and_a_reason(
 def test_killed_shim_is_cleaned_up_by_containerd(node: Node, ctr: Ctr, tasks: Tasks) -> None:
     container = fresh_id("shim")
     ctr.start(container, "sleep", "1000")
-    shim, = find_shims(ctr)
+    (shim,) = find_shims(ctr)
     with EventLog(node) as events:
         node.signal(shim.pid, "KILL")
         exited = events.expect("/tasks/exit", container)
@@ -85,11 +89,12 @@ def test_killed_shim_is_cleaned_up_by_containerd(node: Node, ctr: Ctr, tasks: Ta
 
 @pytest.mark.parametrize("part", [VSOCK, VIRTIOFSD, VMM])
 def test_shim_killed_while_it_starts_its_parts_leaves_nothing(
-        node: Node, ctr: Ctr, part: str) -> None:
+    node: Node, ctr: Ctr, part: str
+) -> None:
     container = fresh_id("booting")
     process = ctr.popen(container, "true", options=["--rm"], stderr=-1)
     wait_for_part(node, part)
-    shim, = find_shims(ctr)
+    (shim,) = find_shims(ctr)
     node.signal(shim.pid, "KILL")
     _, error = process.communicate(timeout=30)
     assert process.returncode != 0
@@ -111,7 +116,7 @@ def test_containerd_killed_while_a_vm_boots_can_remove_it_later(node: Node, ctr:
 def test_shim_told_to_end_takes_its_sandbox_with_it(node: Node, ctr: Ctr, tasks: Tasks) -> None:
     container = fresh_id("terminated")
     ctr.start(container, "sleep", "1000")
-    shim, = find_shims(ctr)
+    (shim,) = find_shims(ctr)
     with EventLog(node) as events:
         node.signal(shim.pid, "TERM")
         exited = events.expect("/tasks/exit", container)
@@ -123,17 +128,21 @@ def test_client_that_gives_up_while_the_vm_boots_leaves_nothing(node: Node, ctr:
     container = fresh_id("impatient")
     process = ctr.popen(container, "true", options=["--rm"], stderr=-1)
     wait_for_part(node, VMM)
-    client, = [found for found in node.find("ctr run") if container in found.command]
+    (client,) = [found for found in node.find("ctr run") if container in found.command]
     node.signal(client.pid, "KILL")
     process.communicate(timeout=30)
     ctr.remove(container)
     node.run(["sh", "-c", "rm -r /run/containerd/fifo/*"])  # the killed client's own
 
 
-@pytest.mark.parametrize(("key", "word"), [("c", "panic"), ("b", "re"), ("o", "power")],
-                         ids=["panic", "reboot", "poweroff"])
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [("c", "panic"), ("b", "re"), ("o", "power")],
+    ids=["panic", "reboot", "poweroff"],
+)
 def test_guest_that_ends_itself_means_137_and_says_how(
-        node: Node, ctr: Ctr, tasks: Tasks, key: str, word: str) -> None:
+    node: Node, ctr: Ctr, tasks: Tasks, key: str, word: str
+) -> None:
     container = fresh_id("guest")
     script = _SYSRQ.format(release=os.uname().release, key=key)
     with EventLog(node) as events:
@@ -171,7 +180,8 @@ def test_guest_that_never_answers_is_given_up_at_the_deadline(node: Node, ctr: C
     node.run(["sh", "-c", _SILENT_INITRD])
     container = fresh_id("silent")
     with changed_configuration(
-            node, lambda text: with_value(short_deadline(text), "initrd", '"/tmp/silent.img"')):
+        node, lambda text: with_value(short_deadline(text), "initrd", '"/tmp/silent.img"')
+    ):
         begin = time.monotonic()
         done = ctr.run(container, "true")
         assert time.monotonic() - begin < 15
@@ -183,11 +193,16 @@ def test_guest_that_never_answers_is_given_up_at_the_deadline(node: Node, ctr: C
 
 
 def test_guest_without_an_init_is_reported_with_its_panic(node: Node, ctr: Ctr) -> None:
-    node.run(["sh", "-c", "cd /tmp && mkdir empty && cd empty && mkdir dev && find . | "
-              "busybox cpio -o -H newc >/tmp/empty.img 2>/dev/null"])
+    node.run(
+        [
+            "sh",
+            "-c",
+            "cd /tmp && mkdir empty && cd empty && mkdir dev && find . | "
+            "busybox cpio -o -H newc >/tmp/empty.img 2>/dev/null",
+        ]
+    )
     container = fresh_id("panics")
-    with changed_configuration(
-            node, lambda text: with_value(text, "initrd", '"/tmp/empty.img"')):
+    with changed_configuration(node, lambda text: with_value(text, "initrd", '"/tmp/empty.img"')):
         begin = time.monotonic()
         done = ctr.run(container, "true")
         assert time.monotonic() - begin < 20
@@ -205,8 +220,14 @@ find . | busybox cpio -o -H newc >/tmp/silent.img 2>/dev/null"""
 
 
 def test_full_disk_is_named_and_leaves_nothing(node: Node, ctr: Ctr) -> None:
-    node.run(["sh", "-c", "mkdir -p /run/kata && mount -t tmpfs -o size=16k tiny /run/kata && "
-              "cat /dev/zero >/run/kata/filler 2>/dev/null; true"])
+    node.run(
+        [
+            "sh",
+            "-c",
+            "mkdir -p /run/kata && mount -t tmpfs -o size=16k tiny /run/kata && "
+            "cat /dev/zero >/run/kata/filler 2>/dev/null; true",
+        ]
+    )
     container = fresh_id("full")
     done = ctr.run(container, "true")
     node.run(["umount", "/run/kata"])

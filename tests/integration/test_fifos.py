@@ -32,8 +32,9 @@ def fifos(node: Node) -> Iterator[Path]:
 
 def create(ctr: Ctr, tasks: Tasks, stem: str, *command: str, stdin: str = "") -> str:
     container = fresh_id(stem)
-    ctr.node.run(["ctr", "container", "create", "--runtime", ctr.runtime, BUSYBOX_IMAGE, container,
-                  *command])
+    ctr.node.run(
+        ["ctr", "container", "create", "--runtime", ctr.runtime, BUSYBOX_IMAGE, container, *command]
+    )
     tasks.create(container, stdin=stdin, stdout="/tmp/io/out", stderr="/tmp/io/err")
     return container
 

@@ -44,26 +44,50 @@ def listen(node: Node, name: str) -> contextlib.AbstractContextManager[object]:
 
 
 PLANTED: dict[str, tuple[str, Planter]] = {
-    "process": ("process: python3", lambda node: background(
-        node, "/usr/bin/python3", "-c", "print(1, flush=True); input()")),
-    "mount": ("mount: /run/lock", lambda node: command(
-        node, "mount -t tmpfs leaked /run/lock", "umount /run/lock")),
-    "link": ("link: tap9", lambda node: command(
-        node, "ip tuntap add tap9 mode tap", "ip link del tap9")),
-    "netns": ("mount: /run/netns/leaked", lambda node: command(
-        node, "ip netns add leaked", "ip netns del leaked; umount /run/netns")),
+    "process": (
+        "process: python3",
+        lambda node: background(node, "/usr/bin/python3", "-c", "print(1, flush=True); input()"),
+    ),
+    "mount": (
+        "mount: /run/lock",
+        lambda node: command(node, "mount -t tmpfs leaked /run/lock", "umount /run/lock"),
+    ),
+    "link": (
+        "link: tap9",
+        lambda node: command(node, "ip tuntap add tap9 mode tap", "ip link del tap9"),
+    ),
+    "netns": (
+        "mount: /run/netns/leaked",
+        lambda node: command(node, "ip netns add leaked", "ip netns del leaked; umount /run/netns"),
+    ),
     "socket": ("socket: @leaked", lambda node: listen(node, "\0leaked")),
-    "cgroup": ("cgroup: ", lambda node: command(
-        node, f"mkdir -p /sys/fs/cgroup/memory/kata_{node.name}/c1",
-        f"rmdir /sys/fs/cgroup/memory/kata_{node.name}/c1 /sys/fs/cgroup/memory/kata_{node.name}")),
-    "run": ("file: /run/kata/abc/journal", lambda node: command(
-        node, "mkdir -p /run/kata/abc && echo > /run/kata/abc/journal", "rm -r /run/kata/abc")),
-    "shm": ("file: /dev/shm/ram", lambda node: command(
-        node, "echo > /dev/shm/ram", "rm /dev/shm/ram")),
+    "cgroup": (
+        "cgroup: ",
+        lambda node: command(
+            node,
+            f"mkdir -p /sys/fs/cgroup/memory/kata_{node.name}/c1",
+            f"rmdir /sys/fs/cgroup/memory/kata_{node.name}/c1 /sys/fs/cgroup/memory/kata_{node.name}",
+        ),
+    ),
+    "run": (
+        "file: /run/kata/abc/journal",
+        lambda node: command(
+            node, "mkdir -p /run/kata/abc && echo > /run/kata/abc/journal", "rm -r /run/kata/abc"
+        ),
+    ),
+    "shm": (
+        "file: /dev/shm/ram",
+        lambda node: command(node, "echo > /dev/shm/ram", "rm /dev/shm/ram"),
+    ),
     "tmp": ("file: /tmp/x", lambda node: command(node, "echo > /tmp/x", "rm /tmp/x")),
-    "bundle": ("file: /run/containerd/io.containerd.runtime.v2.task/", lambda node: command(
-        node, f"mkdir -p /run/containerd/io.containerd.runtime.v2.task/{node.name}/gone",
-        f"rmdir /run/containerd/io.containerd.runtime.v2.task/{node.name}/gone")),
+    "bundle": (
+        "file: /run/containerd/io.containerd.runtime.v2.task/",
+        lambda node: command(
+            node,
+            f"mkdir -p /run/containerd/io.containerd.runtime.v2.task/{node.name}/gone",
+            f"rmdir /run/containerd/io.containerd.runtime.v2.task/{node.name}/gone",
+        ),
+    ),
 }
 
 

@@ -31,9 +31,12 @@ def bind(source: str, target: str, options: str = "rbind:rw") -> list[str]:
 
 def test_directory_and_file_are_shared_both_ways(ctr: Ctr, shared: Path) -> None:
     done = ctr.run(
-        fresh_id("bind"), "sh", "-c",
+        fresh_id("bind"),
+        "sh",
+        "-c",
         "cat /data/greeting && echo from inside >/data/answer && echo more >>/one && ls /data",
-        options=["--rm", *bind("/tmp/shared", "/data"), *bind("/tmp/shared/greeting", "/one")])
+        options=["--rm", *bind("/tmp/shared", "/data"), *bind("/tmp/shared/greeting", "/one")],
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "hello\nanswer\ngreeting\n"
     assert (shared / "answer").read_text() == "from inside\n"
@@ -52,10 +55,13 @@ def test_what_the_host_writes_later_is_seen(ctr: Ctr, shared: Path) -> None:
 def test_read_only_bind_refuses_writes(ctr: Ctr, shared: Path, source: str) -> None:
     target = "/data" if source == "/tmp/shared" else "/data/greeting"
     done = ctr.run(
-        fresh_id("readonly"), "sh", "-c",
+        fresh_id("readonly"),
+        "sh",
+        "-c",
         "cat /data/greeting; echo x >>/data/greeting || echo refused; "
         "mount -o remount,rw /data 2>/dev/null; echo x >>/data/greeting || echo refused",
-        options=["--rm", "--cap-add", "CAP_SYS_ADMIN", *bind(source, target, "rbind:ro")])
+        options=["--rm", "--cap-add", "CAP_SYS_ADMIN", *bind(source, target, "rbind:ro")],
+    )
     assert done.stdout == "hello\nrefused\nrefused\n", done
     assert (shared / "greeting").read_text() == "hello\n"
 
@@ -81,8 +87,11 @@ def test_two_containers_share_a_directory_of_the_host(ctr: Ctr, shared: Path) ->
 
 def test_tmpfs_and_shm_are_the_containers_own(ctr: Ctr) -> None:
     done = ctr.run(
-        fresh_id("tmpfs"), "sh", "-c",
+        fresh_id("tmpfs"),
+        "sh",
+        "-c",
         "grep -c ' /scratch tmpfs ' /proc/mounts; echo x >/scratch/x; echo y >/dev/shm/y; "
         "cat /scratch/x /dev/shm/y",
-        options=["--rm", "--mount", "type=tmpfs,src=tmpfs,dst=/scratch,options=size=8m"])
+        options=["--rm", "--mount", "type=tmpfs,src=tmpfs,dst=/scratch,options=size=8m"],
+    )
     assert done.stdout == "1\nx\ny\n", done

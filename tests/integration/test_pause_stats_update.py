@@ -12,15 +12,24 @@ _CGROUP = ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosu
 # A cgroup v1 host's container sees its own cgroups, a guest's (v2) the tree: find our place in it.
 _HERE = "here=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup); "
 _MEMORY = _HERE + "cat $here/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"
-_CPU = (_HERE + "cat $here/cpu.max 2>/dev/null || "
-        "echo $(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us)")
+_CPU = (
+    _HERE + "cat $here/cpu.max 2>/dev/null || "
+    "echo $(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us /sys/fs/cgroup/cpu/cpu.cfs_period_us)"
+)
 
 
 def test_paused_container_stands_still_and_goes_on(ctr: Ctr) -> None:
     container = fresh_id("paused")
-    with EventLog(ctr.node) as events, ctr.popen(
-            container, "sh", "-c", 'trap "exit 4" TERM; while :; do echo tick; sleep 0.05; done',
-            stdout=subprocess.PIPE) as process:
+    with (
+        EventLog(ctr.node) as events,
+        ctr.popen(
+            container,
+            "sh",
+            "-c",
+            'trap "exit 4" TERM; while :; do echo tick; sleep 0.05; done',
+            stdout=subprocess.PIPE,
+        ) as process,
+    ):
         assert process.stdout is not None
         assert process.stdout.readline() == b"tick\n"
         ctr.task("pause", container)
@@ -48,8 +57,13 @@ def test_paused_container_can_be_killed(ctr: Ctr) -> None:
 
 def test_metrics_and_ps_show_the_container(ctr: Ctr) -> None:
     container = fresh_id("metrics")
-    ctr.start(container, "sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 1000",
-              options=["--memory-limit", str(96 << 20)])
+    ctr.start(
+        container,
+        "sh",
+        "-c",
+        "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 1000",
+        options=["--memory-limit", str(96 << 20)],
+    )
     ctr.exec(container, "sh", "-c", "dd if=/dev/zero of=/big bs=1M count=8 2>/dev/null")
     metrics = ctr.metrics(container)
     text = json.dumps(metrics)
@@ -73,14 +87,26 @@ def test_metrics_and_ps_show_the_container(ctr: Ctr) -> None:
 
 def test_limits_are_seen_inside_and_change_by_update(ctr: Ctr) -> None:
     container = fresh_id("limits")
-    ctr.start(container, "sleep", "1000",
-              options=[*_CGROUP, "--memory-limit", str(64 << 20), "--cpu-quota", "50000",
-                       "--cpu-period", "100000"])
+    ctr.start(
+        container,
+        "sleep",
+        "1000",
+        options=[
+            *_CGROUP,
+            "--memory-limit",
+            str(64 << 20),
+            "--cpu-quota",
+            "50000",
+            "--cpu-period",
+            "100000",
+        ],
+    )
     assert ctr.exec(container, "sh", "-c", _MEMORY).stdout.split() == [str(64 << 20)]
     assert ctr.exec(container, "sh", "-c", _CPU).stdout.split() == ["50000", "100000"]
     with Tasks(ctr.node) as tasks:
-        tasks.update(container, {"memory": {"limit": 128 << 20},
-                                 "cpu": {"quota": 20000, "period": 100000}})
+        tasks.update(
+            container, {"memory": {"limit": 128 << 20}, "cpu": {"quota": 20000, "period": 100000}}
+        )
     assert ctr.exec(container, "sh", "-c", _MEMORY).stdout.split() == [str(128 << 20)]
     assert ctr.exec(container, "sh", "-c", _CPU).stdout.split() == ["20000", "100000"]
     ctr.remove(container)
@@ -89,7 +115,12 @@ def test_limits_are_seen_inside_and_change_by_update(ctr: Ctr) -> None:
 def test_container_over_its_memory_limit_is_killed_and_reported(ctr: Ctr) -> None:
     container = fresh_id("oom")
     with EventLog(ctr.node) as events:
-        done = ctr.run(container, "sh", "-c", "dd if=/dev/zero of=/dev/null bs=200M count=1; "
-                       "exit $?", options=["--rm", "--memory-limit", str(32 << 20)])
+        done = ctr.run(
+            container,
+            "sh",
+            "-c",
+            "dd if=/dev/zero of=/dev/null bs=200M count=1; exit $?",
+            options=["--rm", "--memory-limit", str(32 << 20)],
+        )
         assert done.returncode == 137, done
         events.expect("/tasks/oom", container)

@@ -30,24 +30,41 @@ class Pod:
     members: list[str] = field(default_factory=list)
 
     def annotations(self, kind: str, name: str) -> list[str]:
-        values = {"container-type": kind, "sandbox-id": self.sandbox, "sandbox-name": "pod",
-                  "sandbox-namespace": "default", "sandbox-uid": "u1", "container-name": name}
-        return [word for key, value in values.items()
-                for word in ("--annotation", f"io.kubernetes.cri.{key}={value}")]
+        values = {
+            "container-type": kind,
+            "sandbox-id": self.sandbox,
+            "sandbox-name": "pod",
+            "sandbox-namespace": "default",
+            "sandbox-uid": "u1",
+            "container-name": name,
+        }
+        return [
+            word
+            for key, value in values.items()
+            for word in ("--annotation", f"io.kubernetes.cri.{key}={value}")
+        ]
 
     def start_sandbox(self) -> None:
-        self.ctr.start(self.sandbox, options=self.annotations("sandbox", "pause"),
-                       image=PAUSE_IMAGE)
+        self.ctr.start(
+            self.sandbox, options=self.annotations("sandbox", "pause"), image=PAUSE_IMAGE
+        )
         self.members.append(self.sandbox)
 
     def start(self, name: str, *command: str) -> str:
         """Start a container that shares IPC and UTS with the pause container."""
         container = fresh_id(name)
         pid = self.ctr.pid(self.sandbox)
-        spaces = [word for kind in ("ipc", "uts", "network")
-                  for word in ("--with-ns", f"{kind}:/proc/{pid}/ns/{kind[:3]}")]
-        self.ctr.start(container, *command, image=BUSYBOX_IMAGE,
-                       options=[*self.annotations("container", name), *spaces])
+        spaces = [
+            word
+            for kind in ("ipc", "uts", "network")
+            for word in ("--with-ns", f"{kind}:/proc/{pid}/ns/{kind[:3]}")
+        ]
+        self.ctr.start(
+            container,
+            *command,
+            image=BUSYBOX_IMAGE,
+            options=[*self.annotations("container", name), *spaces],
+        )
         self.members.append(container)
         return container
 
@@ -85,7 +102,7 @@ def test_pod_shares_one_vm_one_shim_ipc_and_uts_but_no_root(node: Node, ctr: Ctr
 
 def test_container_joins_after_another_was_removed(node: Node, ctr: Ctr, pod: Pod) -> None:
     first = pod.start("first", "sleep", "1000")
-    vmm, = find_parts(node, VMM)
+    (vmm,) = find_parts(node, VMM)
     with Tasks(node) as tasks:
         tasks.kill(first, signal.SIGKILL)
         assert tasks.wait(first) == 137
@@ -99,7 +116,8 @@ def test_container_joins_after_another_was_removed(node: Node, ctr: Ctr, pod: Po
 
 
 def test_pods_vm_outlives_its_containers_and_ends_with_the_sandbox(
-        node: Node, ctr: Ctr, pod: Pod) -> None:
+    node: Node, ctr: Ctr, pod: Pod
+) -> None:
     container = pod.start("only", "sleep", "1000")
     ctr.remove(container)
     assert ctr.status(pod.sandbox) == "RUNNING"
@@ -118,9 +136,20 @@ def test_last_words_of_many_short_containers_all_arrive(ctr: Ctr, pod: Pod) -> N
         for number in range(4):
             container = fresh_id("short")
             script = f"seq 1 3000; echo {container}; exit {number}"
-            started.append((number, container, ctr.popen(
-                container, "sh", "-c", script, stdout=subprocess.PIPE,
-                options=["--rm", *pod.annotations("container", "short")])))
+            started.append(
+                (
+                    number,
+                    container,
+                    ctr.popen(
+                        container,
+                        "sh",
+                        "-c",
+                        script,
+                        stdout=subprocess.PIPE,
+                        options=["--rm", *pod.annotations("container", "short")],
+                    ),
+                )
+            )
         for number, container, process in started:
             output, _ = process.communicate(timeout=60)
             assert output.decode().split() == [*map(str, range(1, 3001)), container], turn

@@ -33,9 +33,13 @@ def test_running_container_survives_and_is_fully_usable(node: Node, ctr: Ctr) ->
 def test_exit_while_containerd_is_down_is_there_afterwards(node: Node, ctr: Ctr) -> None:
     container = fresh_id("absent")
     node.path("/tmp/shared").mkdir()
-    ctr.start(container, "sh", "-c",
-              "until [ -e /mnt/go ]; do sleep 0.1; done; touch /mnt/gone; exit 13",
-              options=["--mount", "type=bind,src=/tmp/shared,dst=/mnt,options=rbind:rw"])
+    ctr.start(
+        container,
+        "sh",
+        "-c",
+        "until [ -e /mnt/go ]; do sleep 0.1; done; touch /mnt/gone; exit 13",
+        options=["--mount", "type=bind,src=/tmp/shared,dst=/mnt,options=rbind:rw"],
+    )
     node.containerd.kill()
     node.write("/tmp/shared/go", "")
     wait_for_file(node, "/tmp/shared/gone")
@@ -49,9 +53,13 @@ def test_exit_while_containerd_is_down_is_there_afterwards(node: Node, ctr: Ctr)
 
 def test_containers_keep_their_output_over_a_restart(node: Node, ctr: Ctr) -> None:
     container = fresh_id("writer")
-    node.run(ctr.run_argv(
-        container, ["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.2; done"],
-        ["-d", "--log-uri", "file:///tmp/writer.log"]))
+    node.run(
+        ctr.run_argv(
+            container,
+            ["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.2; done"],
+            ["-d", "--log-uri", "file:///tmp/writer.log"],
+        )
+    )
     node.containerd.restart()
     with Tasks(node) as tasks:
         assert tasks.wait(container) == 0

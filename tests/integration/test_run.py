@@ -43,10 +43,17 @@ def test_init_killed_from_outside_exits_137(ctr: Ctr) -> None:
 
 def test_process_settings_are_kept(ctr: Ctr) -> None:
     done = ctr.run(
-        fresh_id("settings"), "sh", "-c", 'pwd; echo "$COLOUR"; id -u; printf "%s|" "$@"; echo; '
-        "cat /proc/self/oom_score_adj >/dev/null; cat /proc/1/comm; ls -ld /tmp", "argv0",
-        "a b", "ü", "",
-        options=["--rm", "--cwd", "/var", "--env", "COLOUR=dark blue"])
+        fresh_id("settings"),
+        "sh",
+        "-c",
+        'pwd; echo "$COLOUR"; id -u; printf "%s|" "$@"; echo; '
+        "cat /proc/self/oom_score_adj >/dev/null; cat /proc/1/comm; ls -ld /tmp",
+        "argv0",
+        "a b",
+        "ü",
+        "",
+        options=["--rm", "--cwd", "/var", "--env", "COLOUR=dark blue"],
+    )
     lines = done.stdout.splitlines()
     assert lines[:5] == ["/var", "dark blue", "0", "a b|ü||", "sh"], done
     assert lines[5].startswith("drwxrwxrwt")
@@ -55,8 +62,22 @@ def test_process_settings_are_kept(ctr: Ctr) -> None:
 def test_rootfs_directory_is_used_in_place(node: Node, ctr: Ctr) -> None:
     write_rootfs(busybox_entries(), node.path("/tmp/root"))
     container = fresh_id("rootfs")
-    done = node.run(["ctr", "run", "--rm", "--runtime", ctr.runtime, "--rootfs", "/tmp/root",
-                     container, "/bin/sh", "-c", "echo written >/made-inside; exit 3"], check=False)
+    done = node.run(
+        [
+            "ctr",
+            "run",
+            "--rm",
+            "--runtime",
+            ctr.runtime,
+            "--rootfs",
+            "/tmp/root",
+            container,
+            "/bin/sh",
+            "-c",
+            "echo written >/made-inside; exit 3",
+        ],
+        check=False,
+    )
     assert done.returncode == 3, done.stderr
     assert node.path("/tmp/root/made-inside").read_text() == "written\n"
     node.run(["rm", "-r", "/tmp/root"])
@@ -64,14 +85,20 @@ def test_rootfs_directory_is_used_in_place(node: Node, ctr: Ctr) -> None:
 
 @pytest.mark.parametrize("snapshotter", ["native", "overlayfs"])
 def test_each_snapshotter_gives_a_writable_root(ctr: Ctr, snapshotter: str) -> None:
-    done = ctr.run(fresh_id(snapshotter), "sh", "-c", "echo x >/new && cat /new && rm /etc/passwd",
-                   options=["--rm", "--snapshotter", snapshotter])
+    done = ctr.run(
+        fresh_id(snapshotter),
+        "sh",
+        "-c",
+        "echo x >/new && cat /new && rm /etc/passwd",
+        options=["--rm", "--snapshotter", snapshotter],
+    )
     assert (done.returncode, done.stdout) == (0, "x\n"), done.stderr
 
 
 def test_read_only_root_refuses_writes(ctr: Ctr) -> None:
-    done = ctr.run(fresh_id("readonly"), "sh", "-c", "echo x >/new",
-                   options=["--rm", "--read-only"])
+    done = ctr.run(
+        fresh_id("readonly"), "sh", "-c", "echo x >/new", options=["--rm", "--read-only"]
+    )
     assert done.returncode != 0
     assert "Read-only file system" in done.stderr
 

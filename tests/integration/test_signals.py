@@ -9,14 +9,17 @@ import pytest
 from tests.harness.containerd_api import CallFailed, Tasks
 from tests.harness.ctr import Ctr, fresh_id
 
-_TRAPS = ('trap "echo got USR1" USR1; trap "echo got TERM; exit 21" TERM; echo ready; '
-          "while :; do sleep 0.1; done")
+_TRAPS = (
+    'trap "echo got USR1" USR1; trap "echo got TERM; exit 21" TERM; echo ready; '
+    "while :; do sleep 0.1; done"
+)
 
 
 def test_signals_run_the_traps_of_init(ctr: Ctr) -> None:
     container = fresh_id("traps")
-    with ctr.popen(container, "sh", "-c", _TRAPS, options=["--rm"],
-                   stdout=subprocess.PIPE) as process:
+    with ctr.popen(
+        container, "sh", "-c", _TRAPS, options=["--rm"], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         ctr.task("kill", "-s", "SIGUSR1", container)

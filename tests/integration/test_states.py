@@ -25,8 +25,9 @@ def tasks(node: Node) -> Iterator[Tasks]:
 
 def make_container(ctr: Ctr, stem: str, *command: str) -> str:
     container = fresh_id(stem)
-    ctr.node.run(["ctr", "container", "create", "--runtime", ctr.runtime, BUSYBOX_IMAGE, container,
-                  *command])
+    ctr.node.run(
+        ["ctr", "container", "create", "--runtime", ctr.runtime, BUSYBOX_IMAGE, container, *command]
+    )
     return container
 
 
@@ -64,7 +65,11 @@ def test_life_of_a_container_state_by_state(ctr: Ctr, tasks: Tasks) -> None:
         assert tasks.delete(container) == 137
         events.expect("/tasks/delete", container)
         assert events.topics(container) == [
-            "/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]
+            "/tasks/create",
+            "/tasks/start",
+            "/tasks/exit",
+            "/tasks/delete",
+        ]
     for call in (tasks.status, tasks.delete, tasks.start, tasks.wait, tasks.pids):
         assert refusal(call, container) == "NOT_FOUND"
     assert refusal(tasks.kill, container, 9) == "NOT_FOUND"
@@ -110,8 +115,10 @@ def test_instant_exit_comes_after_start_in_the_events(ctr: Ctr, tasks: Tasks) ->
             exited = events.expect("/tasks/exit", container)
             assert field_values(exited.event.value)[2] == f"e{number}".encode()
             tasks.delete_exec(container, f"e{number}")
-        assert events.topics(container) == [
-            "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"] * 5
+        assert (
+            events.topics(container)
+            == ["/tasks/exec-added", "/tasks/exec-started", "/tasks/exit"] * 5
+        )
     ctr.remove(container)
 
 
@@ -129,10 +136,22 @@ def test_bad_ids_are_refused_by_the_shim_itself(ctr: Ctr, bad: str) -> None:
     bundle = node.path("/tmp/bundle")
     bundle.mkdir()
     done = subprocess.run(
-        node.argv(["sh", "-c", "cd /tmp/bundle && exec containerd-shim-kata-v2 -namespace ns "
-                   '-address /run/containerd/containerd.sock -publish-binary /x -id "$1" start',
-                   "sh", bad]),
-        env=node.environment(), capture_output=True, text=True, timeout=20, check=False)
+        node.argv(
+            [
+                "sh",
+                "-c",
+                "cd /tmp/bundle && exec containerd-shim-kata-v2 -namespace ns "
+                '-address /run/containerd/containerd.sock -publish-binary /x -id "$1" start',
+                "sh",
+                bad,
+            ]
+        ),
+        env=node.environment(),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
     assert done.returncode == 1, done
     assert repr(bad)[1:-1] in done.stderr + done.stdout
     assert " id" in done.stderr + done.stdout

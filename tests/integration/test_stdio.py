@@ -17,11 +17,13 @@ from tests.harness.ctr import Ctr, fresh_id
 if TYPE_CHECKING:
     from tests.harness.node import Node
 
-_BLOCK = "".join(f"{number}\n" for number in range(1, 170_001)).encode()[:1 << 20]
+_BLOCK = "".join(f"{number}\n" for number in range(1, 170_001)).encode()[: 1 << 20]
 _BLOCKS = 100
 #: Prints `_BLOCKS` times a line with the block's number and then the block.
-_FLOOD = ("seq 1 170000 | head -c 1048576 >/tmp/block; i=0; "
-          f"while [ $i -lt {_BLOCKS} ]; do echo block $i; cat /tmp/block; i=$((i+1)); done")
+_FLOOD = (
+    "seq 1 170000 | head -c 1048576 >/tmp/block; i=0; "
+    f"while [ $i -lt {_BLOCKS} ]; do echo block $i; cat /tmp/block; i=$((i+1)); done"
+)
 
 
 def flood_digest() -> str:
@@ -62,16 +64,22 @@ def test_stdin_is_delivered_and_its_end_seen(ctr: Ctr) -> None:
 
 
 def test_output_of_both_streams_stays_apart(ctr: Ctr) -> None:
-    done = ctr.run(fresh_id("both"), "sh", "-c",
-                   "for i in 1 2 3 4 5; do echo out $i; echo err $i >&2; done")
+    done = ctr.run(
+        fresh_id("both"), "sh", "-c", "for i in 1 2 3 4 5; do echo out $i; echo err $i >&2; done"
+    )
     assert done.stdout == "".join(f"out {number}\n" for number in range(1, 6))
     assert done.stderr == "".join(f"err {number}\n" for number in range(1, 6))
 
 
 def test_file_logger_gets_both_streams(node: Node, ctr: Ctr) -> None:
     container = fresh_id("filelog")
-    node.run(ctr.run_argv(container, ["sh", "-c", "echo out; echo err >&2; sleep 0.1; exit 4"],
-                          ["-d", "--log-uri", "file:///tmp/logs/a/container.log"]))
+    node.run(
+        ctr.run_argv(
+            container,
+            ["sh", "-c", "echo out; echo err >&2; sleep 0.1; exit 4"],
+            ["-d", "--log-uri", "file:///tmp/logs/a/container.log"],
+        )
+    )
     wait_until_stopped(ctr, container)
     log = node.path("/tmp/logs/a/container.log")
     assert sorted(log.read_text().split()) == ["err", "out"]
@@ -94,8 +102,13 @@ echo done >>/tmp/logger.start
 def test_binary_logger_gets_streams_arguments_and_environment(node: Node, ctr: Ctr) -> None:
     install(node, "/tmp/logger", _LOGGER)
     container = fresh_id("binlog")
-    node.run(ctr.run_argv(container, ["sh", "-c", "echo out; echo err >&2; exit 4"],
-                          ["-d", "--log-uri", "binary:///tmp/logger?key=value"]))
+    node.run(
+        ctr.run_argv(
+            container,
+            ["sh", "-c", "echo out; echo err >&2; exit 4"],
+            ["-d", "--log-uri", "binary:///tmp/logger?key=value"],
+        )
+    )
     wait_until_stopped(ctr, container)
     ctr.remove(container)
     start = node.path("/tmp/logger.start").read_text().splitlines()
@@ -117,8 +130,9 @@ def test_logger_that_cannot_be_is_refused_by_name(node: Node, ctr: Ctr, uri: str
 
 def test_exit_is_reported_though_a_child_holds_the_output(ctr: Ctr) -> None:
     container = fresh_id("holder")
-    with ctr.popen(container, "sh", "-c", "echo out; sleep 1000 & exit 5",
-                   stdout=subprocess.PIPE) as process:
+    with ctr.popen(
+        container, "sh", "-c", "echo out; sleep 1000 & exit 5", stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.read() == b"out\n"
         assert process.wait(20) == 5
@@ -133,5 +147,6 @@ def install(node: Node, inside: str, script: str) -> None:
 def wait_until_stopped(ctr: Ctr, container: str) -> None:
     """Wait until a detached container has exited (`ctr task attach` is no wait: no stdio)."""
     from tests.harness.containerd_api import Tasks
+
     with Tasks(ctr.node) as tasks:
         tasks.wait(container)
