@@ -149,6 +149,9 @@ async def test_paused_container_does_nothing_until_it_is_resumed(tmp_path: Path)
         with trio.move_on_after(0.3) as waiting:
             await guest.client.wait_process("c1", "c1")
         assert waiting.cancelled_caught
+        with pytest.raises(AgentStatus) as paused:
+            await guest.exec("c1", "e1", "true")
+        assert paused.value.code == Code.FAILED_PRECONDITION
         await guest.client.resume_container("c1")
         assert await guest.output("c1") == b"after\n"
         assert await guest.client.wait_process("c1", "c1") == 3

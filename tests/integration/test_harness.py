@@ -66,7 +66,7 @@ PLANTED: dict[str, tuple[str, Planter]] = {
         lambda node: command(
             node,
             f"mkdir -p /sys/fs/cgroup/memory/kata_{node.name}/c1",
-            f"rmdir /sys/fs/cgroup/memory/kata_{node.name}/c1 /sys/fs/cgroup/memory/kata_{node.name}",
+            f"cd /sys/fs/cgroup/memory && rmdir kata_{node.name}/c1 kata_{node.name}",
         ),
     ),
     "run": (
