@@ -3,6 +3,9 @@
     python -m tests.bench [start|shim|runs|exec|relay|growth …]
 
 Exits with 1 when something could not be measured; a figure that is not reached is no failure.
+Medians of a busy machine say little: look at `uptime` first. Where it never is quiet, `chrt -r 1`
+before the command gives the group `start` the machine for itself; the others make containers of
+runc's, which it refuses to a real-time process.
 """
 
 from __future__ import annotations
