@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::symlink;
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{chdir, chroot, setsid};
 
@@ -15,6 +16,9 @@ use crate::status::{Context, Result};
 use crate::{error, warn};
 
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// The kernel's own bound (fs.nr_open), which is what containers get from other runtimes.
+const MAX_OPEN_FILES: u64 = 1 << 20;
 
 const NO_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
 
@@ -38,6 +42,8 @@ const MOUNTS: [(&str, &str, MsFlags, &str); 7] = [
 pub fn prepare_machine() -> Result<()> {
     umask(Mode::from_bits_truncate(0o022));
     let _ = setsid();
+    // Containers without a limit in their spec get the agent's; the kernel gives init only 4096.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES);
     make_root_pivotable().context(|| "making / a mount that pivot_root accepts".to_owned())?;
     for (target, fstype, flags, data) in MOUNTS {
         let _ = fs::create_dir_all(target);

@@ -92,6 +92,11 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.kill"), "1")
     }
 
+    /// Nothing in it runs, not even a process that joins it.
+    pub fn is_frozen(&self) -> bool {
+        self.number("cgroup.freeze") == Some(1)
+    }
+
     /// How often the OOM killer has hit it; 0 if it is gone.
     pub fn oom_kills(&self) -> u64 {
         self.read("memory.events").and_then(|text| field(&text, "oom_kill")).unwrap_or(0)

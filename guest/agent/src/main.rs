@@ -59,6 +59,9 @@ use crate::status::{Context, Result};
 /// A host that wants to be told listens already, so it takes the line at once.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// Keeps a lack of descriptors from becoming a busy loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
 /// Milliseconds since the kernel's clock began at the steps of the start.
 #[derive(Default)]
 struct BootTimes {
@@ -144,8 +147,16 @@ async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()
     tokio::task::spawn_local(async move { watcher.oom.run().await });
     tokio::task::spawn_local(agent.clone().settle());
     loop {
-        let socket = vsock::accept(&listener).await.context(|| "accepting".to_owned())?;
-        tokio::task::spawn_local(ttrpc::serve(socket, agent.clone()));
+        match vsock::accept(&listener).await {
+            Ok(socket) => {
+                tokio::task::spawn_local(ttrpc::serve(socket, agent.clone()));
+            }
+            Err(error) => {
+                // The peer was gone before it was let in, or descriptors have run out for a while.
+                warn!("accepting: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! Exit statuses of every process the agent is parent of, by birth or by adoption.
 //!
 //! As PID 1 (or subreaper) the agent inherits orphans of exec processes, so one place must call wait
-//! for all. An exit that arrives before anybody claimed the pid is kept.
+//! for all. A pid is claimed in the same step that makes the process, before anything can be reaped;
+//! so an exit that nobody has claimed is an orphan's, and of no interest.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::process::Command;
@@ -18,9 +19,6 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use tokio::sync::Notify;
 
 use crate::io::Pollable;
-
-/// Exits of unknown processes that are remembered; orphans of containers come here too.
-const MAX_UNCLAIMED: usize = 256;
 
 /// How one process ended; set once.
 #[derive(Default)]
@@ -54,15 +52,9 @@ impl Exit {
     }
 }
 
-#[derive(Default)]
-struct Table {
-    claimed: BTreeMap<i32, Rc<Exit>>,
-    unclaimed: VecDeque<(i32, i32)>,
-}
-
 pub struct Reaper {
     signals: Pollable,
-    table: RefCell<Table>,
+    claimed: RefCell<BTreeMap<i32, Rc<Exit>>>,
 }
 
 impl Reaper {
@@ -73,7 +65,7 @@ impl Reaper {
         mask.thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let signals = Pollable::new(signals.as_fd().try_clone_to_owned()?)?;
-        Ok(Self { signals, table: RefCell::default() })
+        Ok(Self { signals, claimed: RefCell::default() })
     }
 
     /// Collects exits for ever.
@@ -103,28 +95,15 @@ impl Reaper {
     }
 
     fn record(&self, pid: i32, code: i32) {
-        let mut table = self.table.borrow_mut();
-        if let Some(exit) = table.claimed.remove(&pid) {
+        if let Some(exit) = self.claimed.borrow_mut().remove(&pid) {
             exit.set(code);
-            return;
         }
-        if table.unclaimed.len() == MAX_UNCLAIMED {
-            table.unclaimed.pop_front();
-        }
-        table.unclaimed.push_back((pid, code));
     }
 
-    /// The exit of a child that has just been made known; it may already have ended.
+    /// The exit of a child that has just been made: no await may lie between the two.
     pub fn claim(&self, pid: i32) -> Rc<Exit> {
-        let mut table = self.table.borrow_mut();
         let exit = Rc::new(Exit::default());
-        let ended = table.unclaimed.iter().rposition(|(ended, _)| *ended == pid);
-        match ended.and_then(|index| table.unclaimed.remove(index)) {
-            Some((_, code)) => exit.set(code),
-            None => {
-                table.claimed.insert(pid, exit.clone());
-            }
-        }
+        self.claimed.borrow_mut().insert(pid, exit.clone());
         exit
     }
 
@@ -132,9 +111,6 @@ impl Reaper {
     pub fn spawn(&self, command: &mut Command) -> io::Result<(i32, Rc<Exit>)> {
         let child = command.spawn()?;
         let pid = child.id().cast_signed();
-        // No await lies between spawn and claim, so `collect` can't have run: an old unclaimed exit
-        // with this pid is another process's.
-        self.table.borrow_mut().unclaimed.retain(|(ended, _)| *ended != pid);
         Ok((pid, self.claim(pid)))
     }
 }

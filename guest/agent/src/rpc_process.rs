@@ -11,7 +11,7 @@ use crate::agent::Agent;
 use crate::container::{Container, Process, check_id};
 use crate::native::{Launched, ProcessIo};
 use crate::pb::grpc;
-use crate::status::{Context, Result, Status};
+use crate::status::{Code, Context, Result, Status};
 use crate::stdio::{Output, Stdio, make_pipes};
 use crate::{native, spec};
 
@@ -26,6 +26,10 @@ impl Agent {
         let wanted = request.process.ok_or_else(|| Status::invalid("no process to execute"))?;
         let process = spec::complete_exec(wanted, &container);
         let _changing = container.changing.lock().await;
+        if container.cgroup.is_frozen() {
+            let text = format!("container {} is paused", container.id);
+            return Err(Status::new(Code::FailedPrecondition, text));
+        }
         container.admit_exec(&request.exec_id)?;
         let (launched, io) = self
             .launch(process.terminal, async |io| {

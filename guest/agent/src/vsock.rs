@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, accept4, bind,
-    connect, getsockopt, listen, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, VsockAddr,
+    accept4, bind, connect, getpeername, getsockopt, listen, socket, sockopt,
 };
 
 use crate::io::Pollable;
@@ -61,15 +61,28 @@ fn stream_socket(family: AddressFamily) -> nix::Result<OwnedFd> {
     socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
 }
 
-/// Waits for the next connection.
+/// Waits for the next connection of the host's; nobody inside of the guest is let in by vsock.
 pub async fn accept(listener: &Pollable) -> io::Result<Pollable> {
-    let accepted = listener
-        .when_readable(|fd| {
-            accept4(fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
-        })
-        .await?;
+    loop {
+        let accepted = listener.when_readable(accept_now).await?;
+        if comes_from_host(&accepted)? {
+            return Pollable::new(accepted);
+        }
+        crate::warn!("refused a connection from inside of the guest");
+    }
+}
+
+fn accept_now(listener: &OwnedFd) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = accept4(listener.as_raw_fd(), flags)?;
     // SAFETY: accept4 has just returned this descriptor, so nobody else owns it.
-    Pollable::new(unsafe { OwnedFd::from_raw_fd(accepted) })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A unix socket is guarded by its file's mode.
+fn comes_from_host(socket: &OwnedFd) -> nix::Result<bool> {
+    let peer: SockaddrStorage = getpeername(socket.as_raw_fd())?;
+    Ok(peer.as_vsock_addr().is_none_or(|peer| peer.cid() == libc::VMADDR_CID_HOST))
 }
 
 /// Connects to a port of the host (CID 2).
