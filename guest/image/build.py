@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from guest.image import cpio, kernel, runtime
+from guest.image import cpio, kernel
 
 MODULE_DIRECTORY: Final = "/lib/modules"
 # Loaded in this order by the agent. One absolute path a line.
@@ -35,7 +35,6 @@ class Inputs:
 
     init: bytes
     kernel: kernel.KernelPackage
-    runtime: runtime.Runtime
 
 
 def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
@@ -49,8 +48,6 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
     tree.file("/init", inputs.init, 0o755)
     for path, text in USER_DATABASE.items():
         tree.file(path, text.encode())
-    for path, source in sorted(inputs.runtime.files.items()):
-        tree.file(path, source.read_bytes(), 0o755)
     directory = f"{MODULE_DIRECTORY}/{inputs.kernel.release}"
     modules: list[str] = []
     for source in kernel.module_order(inputs.kernel):
@@ -68,7 +65,7 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
     """Write vmlinux, initrd.img and manifest.json into `output`; return the manifest.
 
     The three files are replaced one by one, each at once, so that a reader never sees half a file.
-    Raises KernelError, RuntimeMissing or OSError; nothing in `output` is changed then.
+    Raises KernelError or OSError; nothing in `output` is changed then.
     """
     init = agent.read_bytes()  # first, because it is the input most likely to be missing
     with tempfile.TemporaryDirectory(prefix="guest-image-") as scratch:
@@ -77,7 +74,7 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
         package = kernel.fetch(cache, work)
         elf = kernel.strip(kernel.extract_elf(package.bzimage.read_bytes()), work)
         print(f"guest: kernel {package.release}, {len(elf) >> 20} MiB", flush=True)
-        inputs = Inputs(init=init, kernel=package, runtime=runtime.collect(work))
+        inputs = Inputs(init=init, kernel=package)
         tree, modules = initrd_tree(inputs)
         initrd = cpio.archive(tree)
     print(f"guest: initrd with {len(modules)} modules, {len(initrd) / 1e6:.1f} MB", flush=True)
@@ -102,7 +99,6 @@ def _manifest(inputs: Inputs, elf: bytes, initrd: bytes) -> dict[str, Any]:
             "version": inputs.kernel.version,
             **_digest(elf),
         },
-        "runtime": {"name": "crun", "version": inputs.runtime.version},
     }
 
 
@@ -136,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         build(options.agent, options.output, options.cache)
-    except (kernel.KernelError, runtime.RuntimeMissing, cpio.ArchiveError, OSError) as error:
+    except (kernel.KernelError, cpio.ArchiveError, OSError) as error:
         print(f"guest: {error}", file=sys.stderr)
         return 1
     return 0

@@ -23,7 +23,6 @@ want binutils have readelf
 want lz4 have lz4
 want zstd have zstd
 want kmod have depmod
-want crun have crun
 want ca-certificates any /etc/ssl/certs/ca-certificates.crt
 if ! usable_python >/dev/null 2>&1; then
     if at_least 3.11 "$(candidate python3)"; then

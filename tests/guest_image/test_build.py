@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from guest.image import build, kernel, runtime
+from guest.image import build, kernel
 
 CACHE = Path(
     os.environ.get("KATA_CACHE")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kata-shimv2")
 )
-NEEDED = ("apt-cache", "dpkg-deb", "depmod", "crun", "cc", "readelf")
+NEEDED = ("apt-cache", "dpkg-deb", "depmod")
 
 pytestmark = pytest.mark.skipif(
     any(shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin") is None for tool in NEEDED)
@@ -60,46 +59,16 @@ def test_modules_are_listed_after_what_they_depend_on(package: kernel.KernelPack
             assert order.index(dependency) < order.index(module)
 
 
-def test_initrd_holds_agent_runtime_and_every_listed_module(
-    agent: Path, package: kernel.KernelPackage, tmp_path: Path
+def test_initrd_holds_agent_and_every_listed_module(
+    agent: Path, package: kernel.KernelPackage
 ) -> None:
-    inputs = build.Inputs(
-        init=agent.read_bytes(), kernel=package, runtime=runtime.collect(tmp_path)
-    )
+    inputs = build.Inputs(init=agent.read_bytes(), kernel=package)
     tree, modules = build.initrd_tree(inputs)
     assert tree.entries["init"].mode == stat.S_IFREG | 0o755
     assert stat.S_ISCHR(tree.entries["dev/console"].mode)
     listed = tree.entries["etc/modules"].data.decode().split()
     assert [Path(path).name for path in listed] == modules
     assert all(path.strip("/") in tree.entries for path in listed)
-
-
-def test_runtime_starts_with_nothing_but_its_collected_files(
-    package: kernel.KernelPackage, tmp_path: Path
-) -> None:
-    collected = runtime.collect(tmp_path)
-    assert not any("libgcrypt" in path for path in collected.files)
-    root = tmp_path / "root"
-    for path, source in collected.files.items():
-        target = root / path.strip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
-    loader = next(root / path.strip("/") for path in collected.files if "ld-linux" in path)
-    done = subprocess.run(
-        [
-            loader,
-            "--inhibit-cache",
-            "--library-path",
-            root / "lib/x86_64-linux-gnu",
-            root / "usr/bin/crun",
-            "--version",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={},
-    )
-    assert f"crun version {collected.version}" in done.stdout
 
 
 def test_failed_build_leaves_the_output_alone(tmp_path: Path) -> None:
