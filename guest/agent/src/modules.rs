@@ -96,8 +96,20 @@ pub fn load_transport() {
     }
 }
 
-/// Loads what else the machine's devices need; cheap when there is nothing new.
+/// Devices that no request ever waits for.
+const PATIENT: [Need; 3] = [Need::Virtio(4), Need::Virtio(5), PVPANIC];
+
+/// Loads what the machine's devices need before requests can use them; cheap when nothing is new.
 pub fn load_for_devices() {
+    load_where(|need| !need.is_some_and(|need| PATIENT.contains(&need)));
+}
+
+/// Loads what the machine's other devices need.
+pub fn load_the_rest() {
+    load_where(|need| need.is_some_and(|need| PATIENT.contains(&need)));
+}
+
+fn load_where(chosen: impl Fn(Option<Need>) -> bool) {
     if !OWNED.with(Cell::get) {
         return;
     }
@@ -106,7 +118,11 @@ pub fn load_for_devices() {
     let pci = modaliases(PCI_DEVICES);
     for entry in entries(&list) {
         let name = name_of(entry.path);
-        let wanted = match need_of(&name) {
+        let need = need_of(&name);
+        if !chosen(need) {
+            continue;
+        }
+        let wanted = match need {
             None => true,
             Some(Need::Virtio(kind)) => {
                 let alias = format!("virtio:d{kind:08X}");

@@ -10,6 +10,8 @@ use crate::pb::{grpc, types};
 use crate::status::{Context, Result, Status};
 use crate::{modules, warn};
 
+/// Every network namespace's first link. Source: linux/net_namespace.h, LOOPBACK_IFINDEX.
+const LOOPBACK: u32 = 1;
 /// Source: linux/if.h, IFNAMSIZ with its NUL.
 const MAX_NAME_BYTES: usize = 15;
 
@@ -215,7 +217,5 @@ fn describe(link: &Link, addresses: &[Address]) -> types::Interface {
 
 /// Brings up loopback, which every program in the pod expects.
 pub fn loopback_up() -> Result<()> {
-    let mut network = Network::open()?;
-    let link = network.link_by_name("lo")?;
-    network.set_link(link.index, Some(true), None, None, None)
+    Network::open()?.set_link(LOOPBACK, Some(true), None, None, None)
 }

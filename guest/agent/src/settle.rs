@@ -70,5 +70,7 @@ impl Agent {
         yield_now().await;
         native::warm_up();
         self.settling.reach(Stage::Complete);
+        yield_now().await;
+        modules::load_the_rest();
     }
 }
