@@ -20,9 +20,8 @@ const MEMORY: &str = "/sys/devices/system/memory";
 const CPUS: &str = "/sys/devices/system/cpu";
 /// Bits of an entropy pool; more than that is no more random.
 const MAX_SEED_BYTES: usize = 4096;
-/// How often OnlineCPUMem looks again while it waits for hot-plugged processors.
-const ONLINE_ATTEMPTS: u32 = 100;
-const ONLINE_INTERVAL: Duration = Duration::from_millis(20);
+/// From the hot-plug of a processor to its being online.
+const ONLINE_TIMEOUT: Duration = Duration::from_secs(5);
 
 nix::ioctl_write_ptr_bad!(
     add_entropy,
@@ -67,14 +66,14 @@ impl Agent {
             online_below(MEMORY, "memory");
         }
         let mut left = request.nb_cpus.saturating_sub(online_below(CPUS, "cpu"));
-        let mut attempts = if request.wait { ONLINE_ATTEMPTS } else { 0 };
-        while left > 0 && attempts > 0 {
-            tokio::time::sleep(ONLINE_INTERVAL).await;
-            left = left.saturating_sub(online_below(CPUS, "cpu"));
-            attempts -= 1;
-        }
         if left > 0 && request.wait {
-            return Err(Status::internal(format!("{left} processors did not come online")));
+            // The kernel tells of each processor that has been plugged in.
+            let what = format!("{left} more processors");
+            let online = || {
+                left = left.saturating_sub(online_below(CPUS, "cpu"));
+                (left == 0).then_some(())
+            };
+            block::wait_for(&what, ONLINE_TIMEOUT, online).await?;
         }
         // An unset cpuset.cpus of cgroup v2 follows its parent, so no container has to be told.
         Ok(())
