@@ -82,6 +82,11 @@ KNOWN_CAUSES: tuple[KnownCause, ...] = (
         "the console lines say where; a custom `kernel` or `kernel_params` is the usual cause",
     ),
     KnownCause(
+        ("vhost-device-vsock was killed", "vhost-device-vsock exited"),
+        "the daemon that carries the guest's vsock ended",
+        "look for its last lines in the shim's log and for `oom-kill` in the host's kernel log",
+    ),
+    KnownCause(
         ("SIGKILL", "signal 9"),
         "something killed the VMM; on a machine short of memory that is the OOM killer",
         "look for `oom-kill` in the host's kernel log and raise the pod's memory limit",
