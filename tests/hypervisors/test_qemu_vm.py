@@ -125,7 +125,8 @@ async def test_console_flood_is_bounded_and_printable(make_spec, records):
         with trio.fail_after(BOOT_DEADLINE_S):
             ending = await machine.wait_exited()
     assert ending.kind is ExitKind.CLEAN
-    assert machine.console.total_bytes > 60_000
+    # `poweroff -f` loses what the guest still holds for its UART.
+    assert machine.console.total_bytes > 50_000
     tail = machine.console.tail(100_000)
     assert sum(map(len, tail)) <= 4 * (16384 + 4096)  # one byte is up to 4 characters escaped
     assert all(line.isprintable() and line.isascii() for line in tail)
