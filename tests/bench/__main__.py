@@ -66,6 +66,11 @@ class Bench:
         for figure in self.figures:
             if figure.note:
                 print(f"{figure.name}: {figure.note}")
+        busiest = max((group["load"] for group in self.groups), default=0.0)
+        if busiest > (os.cpu_count() or 1):
+            print(
+                f"The machine was busy (load {busiest:.1f}): times and their ratios are too long."
+            )
         for failure in self.failures:
             print(f"not measured: {failure}", file=sys.stderr)
         text = report.as_json(self.figures, self.failures, self.groups)

@@ -96,7 +96,7 @@ def measure_growth(node: Node) -> Iterator[Figure]:
             sizes.append(_sizes(ctr, container))
     first, last = sizes[0], sizes[-1]
     limits = {"shim fds": 0, "shim tasks": 0, "shim RSS": 256}
-    limits |= {"agent fds": 0, "agent threads": 0, "agent RSS": 64}
+    limits |= {"agent fds": 0, "agent threads": 0, "agent RSS": 128}
     for name, limit in limits.items():
         yield Figure(
             name=f"{len(took) - _WARM_EXECS} execs: {name} grew by",
