@@ -148,10 +148,15 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     Ok(())
 }
 
-/// The agent blocks SIGCHLD, and Rust ignores SIGPIPE; a program expects neither.
+/// The agent blocks SIGCHLD, Rust ignores SIGPIPE, and whoever started the agent may have had others
+/// ignored, which lasts through `exec`; a program expects none of it.
 fn reset_signals() -> nix::Result<()> {
-    // SAFETY: the default action is no handler, so nothing can run at a wrong time.
-    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    for each in Signal::iterator() {
+        if !matches!(each, Signal::SIGKILL | Signal::SIGSTOP) {
+            // SAFETY: the default action is no handler, so nothing can run at a wrong time.
+            unsafe { signal(each, SigHandler::SigDfl) }?;
+        }
+    }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
 }
 
