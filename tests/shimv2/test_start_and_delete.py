@@ -355,8 +355,9 @@ def test_delete_cleans_after_a_killed_shim(shim):
         start = host_process.start_time_ticks(helper.pid)
         assert start is not None
         book.take("process", name="qemu", pid=helper.pid, start_time=start)
-        book.take("directory", path=state.share)
-        os.mkdir(state.share)
+        share = str(state.directory / "share")
+        book.take("directory", path=share)
+        os.mkdir(share)
         book.close()
         assert deleted(shim, bundle).exit_status == 137
         assert helper.wait(5) == -signal.SIGKILL
