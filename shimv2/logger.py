@@ -105,16 +105,20 @@ async def _spawn(
     namespace: str,
     record: Recorder,
 ) -> Child:
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         return await spawn(
             "logger",
             [str(command.path), *command.arguments],
             record=record,
             pass_fds=pass_fds,
+            stderr=null,  # a pipe that nobody drains would stop a chatty one
             env={"CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace},
         )
     except HypervisorError as exc:
         raise FailedPrecondition(f"logger {command.path} cannot be started: {exc}") from exc
+    finally:
+        os.close(null)
 
 
 async def _wait_ready(command: LoggerCommand, ready: int, deadline_s: float) -> None:

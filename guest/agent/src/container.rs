@@ -39,15 +39,22 @@ impl Process {
         Ok(())
     }
 
-    /// Whether the process has a handler for the signal.
+    /// Whether the process hears the signal: by a handler, or blocked, for `sigwait` or a `signalfd`
+    /// as small inits do it. The kernel keeps a blocked signal even for a namespace's first process.
     pub fn handles(&self, signal: Signal) -> bool {
         let Ok(status) = std::fs::read_to_string(format!("/proc/{}/status", self.pid)) else {
             return false;
         };
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-        let mask = caught.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
-        mask & (1 << (signal as u32 - 1)) != 0
+        hears(&status, signal)
     }
+}
+
+fn hears(status: &str, signal: Signal) -> bool {
+    let mask = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0)
+    };
+    (mask("SigCgt:") | mask("SigBlk:")) & (1 << (signal as u32 - 1)) != 0
 }
 
 pub struct Container {
@@ -143,6 +150,18 @@ pub fn check_id(id: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_caught_or_blocked_signal_is_heard_and_an_ignored_one_is_not() {
+        let status = |blocked: &str, ignored: &str, caught: &str| {
+            format!("Name:\tinit\nSigBlk:\t{blocked}\nSigIgn:\t{ignored}\nSigCgt:\t{caught}\n")
+        };
+        let (none, term) = ("0000000000000000", "0000000000004000");
+        assert!(hears(&status(none, none, term), Signal::SIGTERM));
+        assert!(hears(&status(term, none, none), Signal::SIGTERM));
+        assert!(!hears(&status(none, term, none), Signal::SIGTERM));
+        assert!(!hears(&status(term, none, term), Signal::SIGINT));
+    }
 
     #[test]
     fn ids_that_could_leave_a_directory_are_refused() {

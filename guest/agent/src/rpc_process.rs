@@ -26,6 +26,11 @@ impl Agent {
         let wanted = request.process.ok_or_else(|| Status::invalid("no process to execute"))?;
         let process = spec::complete_exec(wanted, &container);
         let _changing = container.changing.lock().await;
+        if container.init.exit.get().is_some() {
+            // Its pid may be another's by now, and nothing awaits between here and the clone.
+            let text = format!("container {} has ended", container.id);
+            return Err(Status::new(Code::FailedPrecondition, text));
+        }
         if container.cgroup.is_frozen() {
             let text = format!("container {} is paused", container.id);
             return Err(Status::new(Code::FailedPrecondition, text));

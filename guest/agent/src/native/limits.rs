@@ -17,16 +17,17 @@ pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<()> {
     for (file, value) in files(resources) {
         match cgroup.write(&file, &value) {
             // No such controller: a limit that can't hold is better told than passed over, but a
-            // weight only matters where there is something to share.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && is_weight(&file) => {}
+            // weight only matters where there is something to share, and a size of huge pages that
+            // the guest lacks (kubelet names all of the host's) can't be used at all.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && may_be_absent(&file) => {}
             result => result.context(|| format!("setting {file} to {value}"))?,
         }
     }
     Ok(())
 }
 
-fn is_weight(file: &str) -> bool {
-    file.ends_with("weight")
+fn may_be_absent(file: &str) -> bool {
+    file.ends_with("weight") || file.starts_with("hugetlb.")
 }
 
 fn files(resources: &LinuxResources) -> Vec<(String, String)> {
@@ -112,6 +113,12 @@ fn block_files(block: &LinuxBlockIo, set: &mut impl FnMut(&str, String)) {
 mod tests {
     use super::*;
     use crate::pb::grpc::LinuxPids;
+
+    #[test]
+    fn only_weights_and_sizes_of_huge_pages_may_be_absent() {
+        assert!(may_be_absent("hugetlb.1GB.max") && may_be_absent("io.bfq.weight"));
+        assert!(!may_be_absent("memory.max") && !may_be_absent("pids.max"));
+    }
 
     #[test]
     fn zero_says_nothing_and_minus_one_is_no_limit() {

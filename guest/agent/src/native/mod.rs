@@ -124,7 +124,9 @@ pub async fn exec(
 ) -> Result<Launched> {
     let target = clone::open_pidfd(init.pid)
         .context(|| "the container's init has ended; its namespaces can't be joined".to_owned())?;
-    let directory = File::open(&cgroup.path).ok().map(OwnedFd::from);
+    // Without it there would be neither limits nor the filter of devices.
+    let directory = File::open(&cgroup.path).context(|| "the container's cgroup".to_owned())?;
+    let directory = Some(OwnedFd::from(directory));
     let own_users = init.own_users;
     let job = Job::Exec { process, seccomp, target: target.as_fd(), own_users };
     let (launched, socket) = launch(reaper, job, io, directory, Some(init.pid)).await?;
@@ -132,6 +134,9 @@ pub async fn exec(
     sync::tell(&socket).await.context(|| "telling the process to start".to_owned())?;
     let executed = within_deadline(sync::executed(&socket)).await;
     if executed.is_err() {
+        if launched.exit.get().is_none() {
+            clone::kill(launched.pid); // it may hang in its program's file system
+        }
         launched.exit.wait().await;
     }
     executed.map(|()| launched)
