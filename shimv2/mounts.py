@@ -164,11 +164,6 @@ def _clone(source: str, *, recursive: bool) -> int:
     return tree
 
 
-def set_read_only(target: str) -> None:
-    """Make the mount at `target` and all mounts below it read-only. Raises `MountFailed`."""
-    _make_read_only(_AT_FDCWD, os.fsencode(target), target)
-
-
 def _make_read_only(directory: int, path: bytes, shown: str) -> None:
     """mount_setattr(2) on a mount, or on a detached tree (empty path), and all mounts in it."""
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
