@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from agent_proto.errors import AgentError, AgentUnreachable
-from agent_proto.limits import AgentTimeouts
-from shimv2.boot import Machine, Machinery, check_machine
+from shimv2.boot import Machine, check_machine
 from shimv2.bundle import Bundle, ContainerKind
-from shimv2.cleanup import remove_state
 from shimv2.container import Container, Log
 from shimv2.errors import (
     AlreadyExists,
@@ -34,25 +32,21 @@ from shimv2.errors import (
 )
 from shimv2.guest_requests import container_request, sandbox_request
 from shimv2.guest_spec import check_spec
+from shimv2.host_resources import HostResources, Parts
 from shimv2.jobs import Jobs
-from shimv2.journal import Journal
 from shimv2.lifecycle import Operation, State
-from shimv2.logger import start_logger
 from shimv2.machine_plan import plan_machine
 from shimv2.oom_watch import watch_oom
 from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
-from shimv2.rootfs import GuestPaths, MountCalls, Share, sandbox_dns
-from shimv2.sandbox_network import SandboxNetwork, namespace_path
+from shimv2.rootfs import GuestPaths, sandbox_dns
+from shimv2.sandbox_network import namespace_path
 from shimv2.timeline import Timeline
 
 if TYPE_CHECKING:
     from agent_proto.client import AgentClient
-    from hypervisors.child import ChildRecord
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
-    from shimv2.journal import Entry
-    from shimv2.machine_plan import MachinePlan
     from shimv2.mounts import RootfsMount
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
@@ -61,16 +55,6 @@ if TYPE_CHECKING:
 EXPLAIN_DEADLINE_S: Final = 1.0
 REMOVE_DEADLINE_S: Final = 10
 SETTLE_DEADLINE_S: Final = 2.0  # containerd gives a Shutdown 3 s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a sandbox is built from; tests put fakes here."""
-
-    machinery: Callable[[RuntimeConfig], Machinery]
-    load_config: Callable[[str | None, dict[str, str]], RuntimeConfig]
-    mounts: MountCalls
-    reports_root: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +89,7 @@ class Sandbox:
         self.log = log
         self._parts = parts
         self._jobs = Jobs(self._defect)
-        self._machine: Machine | None = None
-        self._network: SandboxNetwork | None = None
-        self._journal: Journal | None = None
-        self._share: Share | None = None
+        self._host = HostResources(invocation, state_dir, parts, log)
         self._config: RuntimeConfig | None = None
         self._is_up = trio.Event()
         self._closing = trio.Lock()  # guards the one teardown; the second caller finds it done
@@ -142,18 +123,18 @@ class Sandbox:
         """The agent, while there is one."""
         if self.ended.is_set():
             raise Unavailable(self._reason)
-        if self._machine is None or self._machine.agent is None:
+        if self._host.machine is None or self._host.machine.agent is None:
             raise FailedPrecondition(f"sandbox {self._invocation.sandbox_id} has no VM")
-        return self._machine.agent
+        return self._host.machine.agent
 
     @property
     def keeps_output(self) -> bool:
-        return self._machine is not None and self._machine.keeps_output
+        return self._host.machine is not None and self._host.machine.keeps_output
 
     @property
     def reported_pid(self) -> int:
         """The VMM's pid stands for every process: the guest's have none on the host."""
-        return self._machine.pid if self._machine is not None else 0
+        return self._host.machine.pid if self._host.machine is not None else 0
 
     async def explain(self) -> str:
         """Why the sandbox has ended; waits a moment for whoever finds out."""
@@ -170,7 +151,7 @@ class Sandbox:
         self.log.error("sandbox failed", sandbox_id=self._invocation.sandbox_id, reason=reason)
         for container in self.containers.values():
             container.end_all(reason)
-        self.start_job(self._stop_machine)
+        self.start_job(self._host.stop_machine)
 
     def init_exited(self, container: Container) -> None:
         """The container that the VM was made for has ended: so does the VM, once it is quiet."""
@@ -187,32 +168,8 @@ class Sandbox:
 
     async def start_logger(self, command: LoggerCommand, container_id: str) -> Logger:
         """Start a `binary://` logger under the journal."""
-        journal = self._journal
-        if journal is None:
-            raise Unavailable(self._reason or "the sandbox has ended")
-        entries: list[Entry] = []
-
-        def record(child: ChildRecord) -> None:
-            entries.append(
-                journal.take("process", name=child.name, pid=child.pid, start_time=child.start_time)
-            )
-
-        def forget() -> None:
-            for entry in entries:
-                journal.release(entry)
-
-        try:
-            logger = await start_logger(
-                command,
-                container_id=container_id,
-                namespace=self._invocation.namespace,
-                record=record,
-            )
-        except BaseException:
-            forget()
-            raise
-        logger.on_stopped = forget
-        return logger
+        reason = self._reason or "the sandbox has ended"
+        return await self._host.start_logger(command, container_id, reason=reason)
 
     # --- Containers ---
 
@@ -295,7 +252,7 @@ class Sandbox:
             raise Unavailable(self._reason)
         if creation.bundle.kind is ContainerKind.MEMBER:
             await self._join(container, creation)
-        elif self._machine is not None:
+        elif self._host.machine is not None:
             raise FailedPrecondition(
                 f"sandbox {self._invocation.sandbox_id} has its VM already; "
                 f"container {container.id} is of kind {creation.bundle.kind.value!r}"
@@ -317,12 +274,14 @@ class Sandbox:
                 await machine.launched.wait()
                 network.vmm_started()
                 await container.open_stdio(container.init)
-                prepared.append(self._add_to_share(container, creation))
+                prepared.append(self._host.add_to_share(container.bundle, creation.rootfs))
                 timeline.mark("rootfs")
 
             undo.push_async_callback(self._close_stdio, container)
             try:
-                network = await self._open_network(container.bundle, self._configure(creation))
+                network = await self._host.open_network(container.bundle, self._configure(creation))
+                if network.devices:
+                    timeline.mark("network")
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(prepare)
                     nursery.start_soon(network.wire)
@@ -348,11 +307,11 @@ class Sandbox:
         self._is_up.set()
         can_grow = network.has_namespace and self._configure(creation).hypervisor.hotplug_ports > 0
         if can_grow and machine.vm is not None and not self.ended.is_set():
-            self.start_job(network.follow, self.agent, machine.vm.attach, self._tell_network)
+            self.start_job(network.follow, self.agent, machine.vm.attach, self._host.tell_network)
 
     async def _join(self, container: Container, creation: Creation) -> None:
         """Add a container to the VM that is there, or is about to be."""
-        if self._machine is None:
+        if self._host.machine is None:
             raise FailedPrecondition(
                 f"container {container.id} belongs to sandbox {creation.bundle.sandbox_id}, "
                 "which has no VM"
@@ -361,8 +320,8 @@ class Sandbox:
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._close_stdio, container)
             await container.open_stdio(container.init)
-            undo.callback(self._remove_from_share, container)
-            paths = self._add_to_share(container, creation)
+            undo.callback(self._host.remove_from_share, container.id)
+            paths = self._host.add_to_share(container.bundle, creation.rootfs)
             undo.push_async_callback(self._remove_in_guest, container)
             await self._create_in_guest(container, paths)
             undo.pop_all()
@@ -391,61 +350,14 @@ class Sandbox:
             )
         except Exception as exc:
             raise await self._explained(exc) from exc
-        return self._new_machine(config, plan, machinery)
-
-    def _new_machine(
-        self, config: RuntimeConfig, plan: MachinePlan, machinery: Machinery
-    ) -> Machine:
-        for problem in remove_state(self._state_dir):
-            self.log.warning("left by an earlier shim", problem=problem)
-        self._state_dir.create()
-        try:
-            self._journal = Journal.open(
-                self._state_dir.journal,
-                namespace=self._invocation.namespace,
-                sandbox_id=self._invocation.sandbox_id,
-            )
-        except BaseException:
-            self._state_dir.remove()
-            raise
-        self._share = Share(self._state_dir.directory, self._journal, self._parts.mounts)
-        self._share.prepare()
-        self._machine = Machine(
-            self._invocation.sandbox_id,
+        return self._host.take(
+            config,
             plan,
             machinery,
-            state=self._state_dir,
-            share=self._share.path,
-            journal=self._journal,
             jobs=self._jobs.nursery,
             timeline=self.timeline,
             on_death=self.fail,
-            timeouts=AgentTimeouts(
-                request_s=config.agent.request_timeout_s,
-                create_container_s=config.agent.create_container_timeout_s,
-                create_sandbox_s=config.agent.create_container_timeout_s,
-            ),
         )
-        return self._machine
-
-    async def _open_network(self, bundle: Bundle, config: RuntimeConfig) -> SandboxNetwork:
-        """Look into the pod's network namespace: the VMM must have the taps at its launch."""
-        assert self._journal is not None
-        path, vcpus = namespace_path(bundle.spec), plan_machine(config).vcpus
-        network = await SandboxNetwork.open(path, config, self._journal, vcpus=vcpus)
-        self._network = network
-        for note in network.notes:
-            self._tell_network(note)
-        if network.devices:
-            self.timeline.mark("network")
-        return network
-
-    def _tell_network(self, text: str) -> None:
-        self.log.warning("network", text=text)
-
-    def _add_to_share(self, container: Container, creation: Creation) -> GuestPaths:
-        assert self._share is not None
-        return self._share.add(container.bundle, creation.rootfs)
 
     async def _create_in_guest(self, container: Container, paths: GuestPaths) -> None:
         assert self._config is not None
@@ -474,7 +386,7 @@ class Sandbox:
         )
 
     def _look(self) -> Scene:
-        return scene_of(self._invocation.sandbox_id, self.timeline, self._machine)
+        return scene_of(self._invocation.sandbox_id, self.timeline, self._host.machine)
 
     def _cut_short(self, container: Container, creation: Creation, limit_s: float) -> ShimError:
         if container.kill_requested is not None:
@@ -501,7 +413,7 @@ class Sandbox:
             await self._take_down(f"container {container.id} was deleted")
         else:
             await self._remove_in_guest(container)
-            self._remove_from_share(container)
+            self._host.remove_from_share(container.id)
         self.events.deleted(container, ended)
         self.containers.pop(container.id, None)
         process.vanish()
@@ -518,7 +430,7 @@ class Sandbox:
         await self._take_down(f"container {container.id} ended")
 
     async def _remove_in_guest(self, container: Container) -> None:
-        if self._machine is None or self.ended.is_set():
+        if self._host.machine is None or self.ended.is_set():
             return
         with trio.move_on_after(REMOVE_DEADLINE_S, shield=True):
             try:
@@ -526,28 +438,15 @@ class Sandbox:
             except (AgentError, ShimError) as exc:
                 self.log.warning("remove container", container_id=container.id, error=str(exc))
 
-    def _remove_from_share(self, container: Container) -> None:
-        if self._share is not None:
-            for problem in self._share.remove(container.id):
-                self.log.warning("cleanup", container_id=container.id, problem=problem)
-
     async def _close_stdio(self, container: Container) -> None:
         with trio.CancelScope(shield=True):  # bounded by a logger's graces
             await container.init.drain()
-
-    async def _stop_machine(self) -> None:
-        if self._machine is not None:
-            await self._machine.aclose()
-        if self._network is not None:
-            for problem in await self._network.aclose():
-                self._tell_network(problem)
 
     async def _take_down_shielded(self) -> None:
         with trio.CancelScope(shield=True):  # every step of it has a bound of its own
             await self._take_down("the sandbox could not be created")
         # Nothing is left of the attempt; another may follow.
-        self._machine = None
-        self._network = None
+        self._host.forget()
         self._config = None
         self.ended = trio.Event()
         self._reason = ""
@@ -560,17 +459,7 @@ class Sandbox:
             for container in self.containers.values():
                 container.end_all(reason)
         async with self._closing:
-            await self._stop_machine()
-            if self._journal is None:
-                return
-            journal, self._journal = self._journal, None
-            for problem in journal.undo():
-                self.log.warning("cleanup", problem=problem)
-            left = [entry for entry in journal.held if entry.kind in ("process", "network")]
-            journal.close()
-            if not left:
-                for problem in self._state_dir.remove():
-                    self.log.warning("cleanup", problem=problem)
+            await self._host.give_back()
 
     # --- Small jobs ---
 
@@ -587,7 +476,7 @@ class Sandbox:
     def _report_timeline(self) -> None:
         if not self.timeline.is_reported:
             self.timeline.is_reported = True
-            vm = self._machine.vm if self._machine is not None else None
+            vm = self._host.machine.vm if self._host.machine is not None else None
             self.log.info(
                 "sandbox timeline",
                 sandbox_id=self._invocation.sandbox_id,

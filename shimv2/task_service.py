@@ -21,12 +21,13 @@ from hypervisors.errors import HypervisorError
 from shimv2 import mounts, stats
 from shimv2.bundle import check_id, check_process, parse_json_object, read_bundle
 from shimv2.errors import InvalidArgument, ShimError, Unimplemented, representative, status_from
+from shimv2.host_resources import Parts
 from shimv2.lifecycle import State
 from shimv2.pb import containerd_events_pb2 as events_pb
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from shimv2.pb import runtime_options_pb2
-from shimv2.sandbox import Creation, Parts, Sandbox
+from shimv2.sandbox import Creation, Sandbox
 from shimv2.state_dir import REPORTS_ROOT
 from shimv2.stdio import parse_stdio
 from shimv2.task_events import Publisher, TaskEvents, set_timestamp

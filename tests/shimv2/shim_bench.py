@@ -20,9 +20,9 @@ import trio
 
 from shimv2.bootstrap import ShimInvocation
 from shimv2.config import AgentConfig, RuntimeConfig
+from shimv2.host_resources import Parts
 from shimv2.pb import containerd_mount_pb2 as mount_pb
 from shimv2.pb import containerd_task_pb2 as pb
-from shimv2.sandbox import Parts
 from shimv2.state_dir import StateDir
 from shimv2.task_service import SERVICE, TaskService
 from tests.fakes.fake_agent import FakeAgent

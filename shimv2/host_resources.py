@@ -1,0 +1,201 @@
+"""What one sandbox holds on the host: its state directory, journal, share, network and machine.
+
+    (nothing) ──take──> journal, share, machine ──open_network──> … ──give_back──> (nothing)
+
+Everything is in the journal before it is taken. `give_back` is idempotent and can be followed by
+another `take`. Who asks for what and when is the sandbox's business (`sandbox`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent_proto.limits import AgentTimeouts
+from shimv2.boot import Machine, Machinery
+from shimv2.cleanup import remove_state
+from shimv2.errors import Unavailable
+from shimv2.journal import Journal
+from shimv2.logger import start_logger
+from shimv2.machine_plan import plan_machine
+from shimv2.rootfs import GuestPaths, MountCalls, Share
+from shimv2.sandbox_network import SandboxNetwork, namespace_path
+
+if TYPE_CHECKING:
+    import trio
+
+    from hypervisors.child import ChildRecord
+    from shimv2.bootstrap import ShimInvocation
+    from shimv2.bundle import Bundle
+    from shimv2.config import RuntimeConfig
+    from shimv2.container import Log
+    from shimv2.journal import Entry
+    from shimv2.machine_plan import MachinePlan
+    from shimv2.mounts import RootfsMount
+    from shimv2.state_dir import StateDir
+    from shimv2.stdio import Logger, LoggerCommand
+    from shimv2.timeline import Timeline
+
+# Undone by who made them, not by the journal's undo alone: while one is held the state stays.
+_OUTLASTING = ("process", "network")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a sandbox is built from; tests put fakes here."""
+
+    machinery: Callable[[RuntimeConfig], Machinery]
+    load_config: Callable[[str | None, dict[str, str]], RuntimeConfig]
+    mounts: MountCalls
+    reports_root: str
+
+
+class HostResources:
+    """The host's side of one sandbox. Not safe for concurrent `give_back`s: the caller locks."""
+
+    def __init__(
+        self, invocation: ShimInvocation, state_dir: StateDir, parts: Parts, log: Log
+    ) -> None:
+        self._invocation = invocation
+        self._state_dir = state_dir
+        self._parts = parts
+        self._log = log
+        self._journal: Journal | None = None
+        self._share: Share | None = None
+        self.machine: Machine | None = None
+        self.network: SandboxNetwork | None = None
+
+    def take(
+        self,
+        config: RuntimeConfig,
+        plan: MachinePlan,
+        machinery: Machinery,
+        *,
+        jobs: trio.Nursery,
+        timeline: Timeline,
+        on_death: Callable[[str], None],
+    ) -> Machine:
+        """Make the state directory with its journal, the share, and the machine, not yet booted.
+
+        Raises:
+            ShimError: the share could not be made; `give_back` then takes the rest back.
+        """
+        for problem in remove_state(self._state_dir):
+            self._log.warning("left by an earlier shim", problem=problem)
+        self._state_dir.create()
+        try:
+            journal = self._journal = Journal.open(
+                self._state_dir.journal,
+                namespace=self._invocation.namespace,
+                sandbox_id=self._invocation.sandbox_id,
+            )
+        except BaseException:
+            self._state_dir.remove()
+            raise
+        self._share = Share(self._state_dir.directory, journal, self._parts.mounts)
+        self._share.prepare()
+        self.machine = Machine(
+            self._invocation.sandbox_id,
+            plan,
+            machinery,
+            state=self._state_dir,
+            share=self._share.path,
+            journal=journal,
+            jobs=jobs,
+            timeline=timeline,
+            on_death=on_death,
+            timeouts=AgentTimeouts(
+                request_s=config.agent.request_timeout_s,
+                create_container_s=config.agent.create_container_timeout_s,
+                create_sandbox_s=config.agent.create_container_timeout_s,
+            ),
+        )
+        return self.machine
+
+    async def open_network(self, bundle: Bundle, config: RuntimeConfig) -> SandboxNetwork:
+        """Look into the pod's network namespace: the VMM must have the taps at its launch.
+
+        Raises:
+            NetnsError: as `SandboxNetwork.open`.
+        """
+        assert self._journal is not None
+        path, vcpus = namespace_path(bundle.spec), plan_machine(config).vcpus
+        network = await SandboxNetwork.open(path, config, self._journal, vcpus=vcpus)
+        self.network = network
+        for note in network.notes:
+            self.tell_network(note)
+        return network
+
+    def add_to_share(self, bundle: Bundle, rootfs: Sequence[RootfsMount]) -> GuestPaths:
+        """Show a container's filesystems to the guest; as `Share.add`."""
+        assert self._share is not None
+        return self._share.add(bundle, rootfs)
+
+    def remove_from_share(self, container_id: str) -> None:
+        """Take them back; what can't be is logged and stays in the journal."""
+        if self._share is not None:
+            for problem in self._share.remove(container_id):
+                self._log.warning("cleanup", container_id=container_id, problem=problem)
+
+    async def start_logger(
+        self, command: LoggerCommand, container_id: str, *, reason: str
+    ) -> Logger:
+        """Start a `binary://` logger under the journal; `reason` is why there may be none."""
+        journal = self._journal
+        if journal is None:
+            raise Unavailable(reason)
+        entries: list[Entry] = []
+
+        def record(child: ChildRecord) -> None:
+            entries.append(
+                journal.take("process", name=child.name, pid=child.pid, start_time=child.start_time)
+            )
+
+        def forget() -> None:
+            for entry in entries:
+                journal.release(entry)
+
+        try:
+            logger = await start_logger(
+                command,
+                container_id=container_id,
+                namespace=self._invocation.namespace,
+                record=record,
+            )
+        except BaseException:
+            forget()
+            raise
+        logger.on_stopped = forget
+        return logger
+
+    async def stop_machine(self) -> None:
+        """Kill the VM and its daemons, and undo the network's wiring. Idempotent, bounded."""
+        if self.machine is not None:
+            await self.machine.aclose()
+        if self.network is not None:
+            for problem in await self.network.aclose():
+                self.tell_network(problem)
+
+    async def give_back(self) -> None:
+        """Stop the machine, then undo everything that the journal holds. Idempotent."""
+        await self.stop_machine()
+        if self._journal is None:
+            return
+        journal, self._journal = self._journal, None
+        for problem in journal.undo():
+            self._log.warning("cleanup", problem=problem)
+        left = [entry for entry in journal.held if entry.kind in _OUTLASTING]
+        journal.close()
+        if not left:
+            for problem in self._state_dir.remove():
+                self._log.warning("cleanup", problem=problem)
+
+    def forget(self) -> None:
+        """After `give_back` of a failed attempt: the next one starts with nothing."""
+        self.machine = None
+        self.network = None
+
+    def tell_network(self, text: str) -> None:
+        """Log what the pod's network does not give the guest, or does not give back."""
+        self._log.warning("network", text=text)
