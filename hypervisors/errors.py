@@ -7,6 +7,7 @@ HypervisorError
 ├── LaunchFailed         a program was executed and ended, or stayed mute, before it was ready
 ├── ControlError         a request to a living VMM failed
 │   ├── CommandRejected  the VMM answered with an error
+│   │   └── HttpRejected over an HTTP API: the status and the body's text
 │   ├── CommandTimeout   the VMM did not answer in time
 │   └── ControlLost      the control connection ended; the VMM is dead or about to be
 └── DetachRefused        the guest did not give the device back
@@ -111,6 +112,17 @@ class CommandRejected(ControlError):
         self.description = description
 
 
+class HttpRejected(CommandRejected):
+    """The VMM's HTTP API answered with `status`, which is not a success; `text` is its reason."""
+
+    def __init__(self, method: str, target: str, status: int, text: str) -> None:
+        super().__init__(f"{method} {target}", f"status {status}", text)
+        self.method = method
+        self.target = target
+        self.status = status
+        self.text = text
+
+
 class CommandTimeout(ControlError):
     """The VMM did not answer `command` within `timeout_s`."""
 
@@ -120,10 +132,13 @@ class CommandTimeout(ControlError):
 
 
 class ControlLost(ControlError):
-    """The control connection ended while `command` was waiting, or before it was sent."""
+    """The control connection ended while `command` was waiting, or before it was sent.
 
-    def __init__(self, command: str) -> None:
-        super().__init__(command, "the control connection ended")
+    `why` where it could not even be made.
+    """
+
+    def __init__(self, command: str, why: str = "the control connection ended") -> None:
+        super().__init__(command, why)
 
 
 class DetachRefused(HypervisorError):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypervisors.bounded_json import MAX_DEPTH
 from hypervisors.qmp_protocol import (
-    MAX_DEPTH,
     MAX_LINE_BYTES,
     Disconnected,
     ErrorReply,

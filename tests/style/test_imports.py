@@ -24,7 +24,8 @@ ALLOWED: Final = {
 }
 
 PURE_MODULES: Final = {
-    "agent_proto/hybrid_vsock", "hypervisors/machine", "hypervisors/qemu_argv",
+    "agent_proto/hybrid_vsock", "hypervisors/bounded_json", "hypervisors/machine",
+    "hypervisors/qemu_argv",
     "hypervisors/qmp_protocol", "netns/model", "netns/plan", "shimv2/guest_network",
     "shimv2/guest_spec", "shimv2/lifecycle", "ttrpc/connection", "ttrpc/errors", "ttrpc/events",
     "ttrpc/frames",
