@@ -81,6 +81,11 @@ check: lint shim ## Lint, types and the tests that need no root: quick
 test: setup tools guest shim lint-agent ## Everything, virtual machines under real containerds included
 	$(PYTHON) -m pytest -v $(TESTS)
 
+.PHONY: kvm-node
+kvm-node: ## Run CMD on an emulated node with KVM; of what it writes only WRITABLE stays
+	@test -e build/guest/manifest.json || $(MAKE) --no-print-directory setup guest shim
+	@$(PYTHON) -m tests.kvm_node $(addprefix --writable ,$(WRITABLE)) -- bash -c '$(CMD)'
+
 .PHONY: bench
 bench: setup guest shim ## Measure, and compare with runc's shim in the same run
 	$(PYTHON) -m tests.bench
