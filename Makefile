@@ -30,8 +30,9 @@ venv:
 	@packaging/setup/venv.sh
 
 .PHONY: tools
-tools: ## The containerd 2.x that the tests run beside the distribution's
+tools: ## The containerd 2.x that the tests run beside the distribution's, crictl and critest
 	@packaging/setup/containerd2.sh
+	@packaging/setup/cri_tools.sh
 
 .PHONY: agent
 agent: venv

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.harness import pod_network, registry
+
 if TYPE_CHECKING:
     from tests.harness.node import Node
 
@@ -19,6 +21,7 @@ ADDRESS = "/run/containerd/containerd.sock"
 STATE = "/run/containerd"
 ROOT = "/run/containerd-root"
 CONTAINERD_2 = "2.2.2"
+CRI_TOOLS = "1.34.0"
 _NOTIFY = "/run/.node/notify"
 _START_S = 30.0
 
@@ -39,8 +42,10 @@ state = "{state}"
   sandbox_image = "docker.io/library/pause:latest"
   stream_server_port = "0"
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "/etc/cni/net.d"
+    bin_dir = "{cni_plugins}"
+    conf_dir = "{cni_configuration}"
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "{registries}"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata]
@@ -52,6 +57,10 @@ state = "{state}"
 
 class ContainerdMissing(Exception):
     """This version of containerd isn't on the machine."""
+
+
+class CriToolsMissing(Exception):
+    """crictl and critest aren't on the machine."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,14 @@ def find_containerd(major: int) -> ContainerdVersion:
     return ContainerdVersion(CONTAINERD_2, directory)
 
 
+def find_cri_tool(name: str) -> Path:
+    """Return `crictl` or `critest` of the tool cache; raises CriToolsMissing with the fix."""
+    program = tool_cache() / f"cri-tools-{CRI_TOOLS}" / name
+    if not program.exists():
+        raise CriToolsMissing(f"no {program}: run `make tools`")
+    return program
+
+
 class ContainerdDaemon:
     """The containerd of a node. Its tasks survive `kill` and `restart`."""
 
@@ -104,7 +121,15 @@ class ContainerdDaemon:
     def start(self) -> None:
         """Start the daemon and return when it serves; raises RuntimeError with its last lines."""
         level = os.environ.get("KATA_TEST_CONTAINERD_LOG", "info")
-        config = _CONFIG.format(root=ROOT, state=STATE, address=ADDRESS, level=level)
+        config = _CONFIG.format(
+            root=ROOT,
+            state=STATE,
+            address=ADDRESS,
+            level=level,
+            cni_plugins=pod_network.plugins(),
+            cni_configuration=pod_network.CONFIGURATION,
+            registries=registry.CONFIGURATION,
+        )
         self._node.write("/etc/containerd/config.toml", config)
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, self.log_path.open("ab") as log:

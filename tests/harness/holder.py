@@ -40,12 +40,13 @@ def hide_directories(kept: list[str]) -> None:
             os.close(handle)
 
 
-def overlay_etc() -> None:
-    """Let the node write below /etc without changing the machine's."""
-    upper, work = Path("/run/.node/etc"), Path("/run/.node/work")
+def overlay(directory: str) -> None:
+    """Let the node write below a directory without changing the machine's."""
+    upper, work = (Path("/run/.node", kind + directory) for kind in ("upper", "work"))
     upper.mkdir(parents=True)
-    work.mkdir()
-    mount("overlay", "/etc", "overlay", 0, f"lowerdir=/etc,upperdir={upper},workdir={work}")
+    work.mkdir(parents=True)
+    options = f"lowerdir={directory},upperdir={upper},workdir={work}"
+    mount("overlay", directory, "overlay", 0, options)
 
 
 def prepare(name: str, kept: list[str]) -> None:
@@ -54,7 +55,8 @@ def prepare(name: str, kept: list[str]) -> None:
     hide_directories(kept)
     for directory in ("/run/netns", "/run/lock"):
         Path(directory).mkdir()
-    overlay_etc()
+    overlay("/etc")
+    overlay("/var/lib")
     socket.sethostname(name)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 

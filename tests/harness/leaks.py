@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.harness.containerd_daemon import ROOT, STATE
+from tests.harness.pod_network import ADDRESSES, BRIDGE
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 5.0
 _POLL_S = 0.05
 _TASKS = "io.containerd.runtime.v2.task"
-_FILE_ROOTS = ("/run", "/tmp", "/dev/shm", f"{ROOT}/{_TASKS}")
+_FILE_ROOTS = ("/run", "/tmp", "/dev/shm", "/var/lib/cni", f"{ROOT}/{_TASKS}")
 # Failure reports outlive their sandbox on purpose (at most 32).
 _SKIPPED = (ROOT, "/run/.node", "/run/kata-reports")
 #: Parents that stay once made; what lies in them doesn't.
@@ -37,6 +38,19 @@ _KEPT_DIRECTORIES = {
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/containerd/runc",
+    "/run/containerd/runc/k8s.io",
+    "/run/containerd/io.containerd.grpc.v1.cri/containers",
+    "/run/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    f"{STATE}/{_TASKS}/k8s.io",
+    f"{ROOT}/{_TASKS}/k8s.io",
+    f"{ADDRESSES}/pods",
+    ADDRESSES,
+    "/var/lib/cni/results",
+}
+#: What the first pod of a node makes for all that follow.
+_KEPT_LINKS = {BRIDGE}
+_KEPT_FILES = {
+    f"{ADDRESSES}/pods/{name}" for name in ("lock", "last_reserved_ip.0", "last_reserved_ip.1")
 }
 
 
@@ -75,7 +89,9 @@ def take_snapshot(node: Node, long_lived: Iterable[int] = ()) -> Snapshot:
         if node.name in line:
             snapshot.add("mount outside the node", line.split()[4])
     for line in _lines(Path(f"/proc/{node.pid}/net/dev"))[2:]:
-        snapshot.add("link", line.partition(":")[0].strip())
+        name = line.partition(":")[0].strip()
+        if name not in _KEPT_LINKS:
+            snapshot.add("link", name)
     for line in _lines(Path(f"/proc/{node.pid}/net/unix"))[1:]:
         fields = line.split()
         if len(fields) > 7:
@@ -146,7 +162,7 @@ def _files(node: Node, root: str) -> Iterator[str]:
             pass
         elif inside not in {root, STATE}:
             yield inside + "/"
-        yield from (f"{inside}/{name}" for name in files)
+        yield from {f"{inside}/{name}" for name in files} - _KEPT_FILES
 
 
 def _device(path: str) -> int:

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from tests.harness import oci_image
+from tests.harness import oci_image, pod_network
 from tests.harness.containerd_daemon import ADDRESS, ContainerdDaemon, ContainerdVersion, tool_cache
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / "build"
 CONFIGURATION = "/etc/kata-containers/configuration.toml"
+#: containerd's namespace of everything that came over CRI.
+CRI_NAMESPACE = "k8s.io"
 _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _counter = itertools.count(1)
 _Output = int | IO[bytes] | None
@@ -63,6 +65,7 @@ class Node:
         try:
             self._start_holder()
             self._configure_shim()
+            pod_network.configure(self)
             self.containerd.start()
             self._import_images()
         except BaseException:
@@ -256,7 +259,8 @@ class Node:
 
     def _import_images(self) -> None:
         for archive in _images():
-            self.run(["ctr", "images", "import", str(archive)])
+            for namespace in (self.name, CRI_NAMESPACE):
+                self.run(["ctr", "-n", namespace, "images", "import", str(archive)])
 
     def _remove_cgroups(self) -> None:
         for directory in sorted(self.cgroups(), key=lambda path: -len(path.parts)):

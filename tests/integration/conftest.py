@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.containerd_daemon import ContainerdMissing, ContainerdVersion, find_containerd
+from tests.harness.containerd_daemon import (
+    ContainerdMissing,
+    ContainerdVersion,
+    CriToolsMissing,
+    find_containerd,
+    find_cri_tool,
+)
+from tests.harness.crictl import Crictl
 from tests.harness.ctr import KATA, RUNTIME, Ctr
 from tests.harness.leaks import take_snapshot, wait_for_no_leaks
 from tests.harness.node import BUILD, Node
@@ -82,6 +89,18 @@ def ctr(node: Node) -> Ctr:
     if RUNTIME == KATA and not (BUILD / "bin" / "containerd-shim-kata-v2").exists():
         pytest.skip("build/bin/containerd-shim-kata-v2 is missing: run `make build`")
     return Ctr(node)
+
+
+@pytest.fixture
+def crictl(ctr: Ctr) -> Iterator[Crictl]:
+    """`crictl` with the handler of the runtime under test; its pods are removed at the end."""
+    try:
+        find_cri_tool("crictl")
+    except CriToolsMissing as missing:
+        pytest.skip(str(missing))
+    crictl = Crictl(ctr.node, "kata" if ctr.runtime == KATA else "runc")
+    yield crictl
+    crictl.remove_all()
 
 
 @pytest.fixture

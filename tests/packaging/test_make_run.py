@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import oci_image
+from tests.harness import oci_image, registry
 from tests.harness.node import BUILD, REPOSITORY
-from tests.packaging import registry
 
 pytestmark = [
     pytest.mark.root,
