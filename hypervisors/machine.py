@@ -63,6 +63,21 @@ class UnixVsock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HybridVsock:
+    """A vsock device of the VMM itself, which needs neither a daemon nor the host's kernel.
+
+    As with `UnixVsock` the host reaches the guest at `uds_path` (`CONNECT <port>`), and the guest
+    the host at `<uds_path>_<port>`: such sockets as listen when the machine is launched. The
+    backend puts `uds_path` there, wherever its VMM listens; removing it is the caller's. `cid` is
+    the guest's own number, which nobody else has to know.
+    """
+
+    id: str
+    uds_path: Path
+    cid: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelVsock:
     """A vsock device of the host kernel: `vhost_fd` is an open /dev/vhost-vsock, the caller's."""
 
@@ -78,7 +93,8 @@ class Rng:
     id: str = "rng"
 
 
-Device: TypeAlias = BlockDevice | NetDevice | SharedDirectory | UnixVsock | KernelVsock | Rng
+Vsock: TypeAlias = UnixVsock | HybridVsock | KernelVsock
+Device: TypeAlias = BlockDevice | NetDevice | SharedDirectory | Vsock | Rng
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +178,10 @@ class VmEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a backend can do with one specification. A flag that is false is `Unsupported`."""
+    """What a backend can do with one specification. A flag that is false is `Unsupported`.
+
+    Of the vsock flags one at least is true; a caller takes the first of hybrid, kernel, unix.
+    """
 
     shared_directory: bool
     block_hotplug: bool
@@ -172,7 +191,8 @@ class Capabilities:
     memory_hotplug: bool
     pause: bool
     panic_event: bool
-    unix_vsock: bool
+    hybrid_vsock: bool
     kernel_vsock: bool
+    unix_vsock: bool
     max_vcpus: int
     memory_step_mib: int

@@ -23,6 +23,7 @@ from .errors import ControlLost, LaunchFailed, Unsupported
 from .machine import (
     BlockDevice,
     Capabilities,
+    HybridVsock,
     KernelVsock,
     SharedDirectory,
     UnixVsock,
@@ -64,8 +65,9 @@ class Qemu:
             memory_hotplug=spec.max_memory_mib > spec.memory_mib,
             pause=True,
             panic_event=True,
-            unix_vsock=True,
+            hybrid_vsock=False,
             kernel_vsock=accel.kernel_vsock_usable(),
+            unix_vsock=True,
             max_vcpus=MAX_VCPUS,
             memory_step_mib=qemu_argv.MEMORY_STEP_MIB,
         )
@@ -154,6 +156,13 @@ class Qemu:
                 "lower the maximum",
             )
         for device in spec.devices:
+            if isinstance(device, HybridVsock):
+                raise Unsupported(
+                    self.name,
+                    "have a vsock device of its own",
+                    "it takes the host kernel's or a daemon's",
+                    "use one of those",
+                )
             if isinstance(device, KernelVsock) and not accel.kernel_vsock_usable():
                 raise Unsupported(
                     self.name,

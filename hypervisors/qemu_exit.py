@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from .machine import ExitKind, VmExit
+from .process_end import judge_process
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,10 +24,6 @@ REASONS: Final = {
     "host-ui": (ExitKind.KILLED, "the VMM was closed from the host"),
     "host-error": (ExitKind.CRASH, "the VMM ended by an error of its own"),
 }
-# Sent by somebody; every other signal is raised by what the VMM itself did.
-SENT_SIGNALS: Final = frozenset(
-    {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-)
 
 
 @dataclass(slots=True)
@@ -59,11 +55,7 @@ def _judge(ending: ChildExit, facts: EndFacts) -> tuple[ExitKind, str]:
     if facts.protocol_failure is not None:
         # We kill a VMM whose control connection is useless; the cause is what matters.
         return ExitKind.CRASH, f"the VMM broke its control protocol: {facts.protocol_failure}"
-    if ending.signal is not None:
-        kind = ExitKind.KILLED if ending.signal in SENT_SIGNALS else ExitKind.CRASH
-        hint = " (a system call its sandbox forbids)" if ending.signal == signal.SIGSYS else ""
-        return kind, f"the VMM {ending}{hint}"
-    if ending.code != 0:
-        return ExitKind.CRASH, f"the VMM {ending}"
+    if (found := judge_process(ending)) is not None:
+        return found
     why = facts.shutdown_reason or "no reason given"
     return ExitKind.UNKNOWN, f"the VMM exited with 0 ({why})"

@@ -23,19 +23,11 @@ import trio
 from agent_proto.client import AgentClient
 from agent_proto.errors import AgentError, AgentMisbehaved, AgentTimeout
 from agent_proto.readiness import ReadinessListener
-from agent_proto.vsock import LONGEST_PAUSE_S, Endpoint, HybridVsock, dial, dial_until
-from hypervisors.machine import (
-    KernelVsock as KernelVsockDevice,
-)
-from hypervisors.machine import (
-    MachineSpec,
-    Rng,
-    SharedDirectory,
-    UnixVsock,
-    VmExit,
-)
+from agent_proto.vsock import LONGEST_PAUSE_S, dial, dial_until
+from hypervisors.machine import MachineSpec, Rng, SharedDirectory, VmExit
 from shimv2.errors import DeadlineExceeded, Unavailable
 from shimv2.failure import WAITING
+from shimv2.guest_vsock import GuestVsock
 from shimv2.rootfs import SHARE_TAG
 
 if TYPE_CHECKING:
@@ -45,7 +37,7 @@ if TYPE_CHECKING:
     from hypervisors.base import Hypervisor, VirtualMachine
     from hypervisors.child import ChildRecord
     from hypervisors.helper import Helper
-    from hypervisors.machine import NetDevice
+    from hypervisors.machine import NetDevice, Vsock
     from hypervisors.virtiofsd import Cache
     from shimv2.journal import Entry, Journal
     from shimv2.kernel_vsock import KernelVsockDescriptor
@@ -66,10 +58,7 @@ _TAIL_LINES: Final = 20
 _PANIC_LINES: Final = 100
 # Dialling ends before its deadline when its next pause would pass it.
 _DIAL_SLACK_S: Final = LONGEST_PAUSE_S
-_VSOCK_ID: Final = "vsock0"
 _SHARE_SOCKET: Final = "virtiofsd.sock"
-_VSOCK_SOCKET: Final = "vhost-vsock.sock"
-_GUEST_SOCKET: Final = "vsock.sock"
 
 
 class AgentSilent(DeadlineExceeded):
@@ -115,11 +104,11 @@ def check_machine(
         InvalidArgument: a socket's path would be too long.
     """
     hypervisor = machinery.hypervisor
+    can = hypervisor.capabilities(machine_spec(sandbox_id, plan, state))
+    plan = plan.within(max_vcpus=can.max_vcpus)
     # The kernel's vsock device, where there is one, is checked by being opened later.
-    vsock = _unix_vsock(state)
-    spec = machine_spec(sandbox_id, plan, state, vsock, plan.ready_port)
-    plan = plan.within(max_vcpus=hypervisor.capabilities(spec).max_vcpus)
-    hypervisor.check(machine_spec(sandbox_id, plan, state, vsock, plan.ready_port))
+    vsock = GuestVsock(state, can, None).device()
+    hypervisor.check(machine_spec(sandbox_id, plan, state, vsock))
     machinery.check_virtiofsd(plan.virtiofsd, plan.virtiofsd_cache)
     return plan
 
@@ -153,7 +142,7 @@ class Machine:
         self._timeouts = timeouts
         self._helpers: list[SupervisedHelper] = []
         self._entries: list[Entry] = []
-        self._kernel_vsock: KernelVsockDescriptor | None = None
+        self._vsock: GuestVsock | None = None
         self._scope = trio.CancelScope()
         self._network: tuple[NetDevice, ...] = ()
         self._is_closing = False
@@ -209,40 +198,42 @@ class Machine:
         for helper in reversed(self._helpers):
             await helper.aclose()
         self._helpers.clear()
-        if self._kernel_vsock is not None:
-            self._kernel_vsock.close()
-            self._kernel_vsock = None
+        if self._vsock is not None:
+            self._vsock.close()
         if self.vm is None or self.vm.exit is not None:
             for entry in reversed(self._entries):
                 self._journal.release(entry)
             self._entries.clear()
 
     async def _boot(self) -> None:
-        kernel_vsock = self._kernel_vsock = self._machinery.open_kernel_vsock()
+        machinery = self._machinery
+        can = machinery.hypervisor.capabilities(self._spec())
+        vsock = self._vsock = GuestVsock.open(self._state, can, machinery.open_kernel_vsock)
+        if vsock.has_socket:
+            self._journal_socket(vsock.guest_socket)
         self._timeline.enter("starting the daemons of the virtual machine")
-        endpoint = self._endpoint(self._plan.ready_port)
-        async with ReadinessListener.listen(endpoint) as listener:
-            spec = self._spec(listener.port)
+        async with ReadinessListener.listen(vsock.endpoint(self._plan.ready_port)) as listener:
+            spec = self._spec(vsock.device(), listener.port)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._start_virtiofsd)
-                if kernel_vsock is None:
-                    nursery.start_soon(self._start_vsock_device)
+                if vsock.needs_daemon:
+                    nursery.start_soon(self._start_vsock_device, vsock)
             self._timeline.mark("helpers")
             await self._launch(spec)
             self._timeline.enter(f"{WAITING} in the guest")
-            sock = await self._meet_agent(listener)
+            sock = await self._meet_agent(listener, vsock)
         self.agent = AgentClient(sock, timeouts=self._timeouts)
         await self._jobs.start(self._supervise_agent)
         self._timeline.mark("agent_connected")
 
-    async def _meet_agent(self, listener: ReadinessListener) -> socket.socket:
+    async def _meet_agent(self, listener: ReadinessListener, vsock: GuestVsock) -> socket.socket:
         """Connect as soon as the agent reports, or find out by dialling that it serves.
 
         Raises:
             AgentSilent: neither within the boot's deadline, which counts from the launch.
         """
         plan = self._plan
-        endpoint = self._endpoint(plan.agent_port)
+        endpoint = vsock.endpoint(plan.agent_port)
         give_up_at = trio.current_time() + plan.boot_deadline_s
 
         def left_s() -> float:
@@ -285,7 +276,7 @@ class Machine:
         self.launched.set()
 
     async def _start_virtiofsd(self) -> None:
-        path = self._socket(_SHARE_SOCKET)
+        path = self._journal_socket(self._state.socket(_SHARE_SOCKET))
         helper = await self._machinery.start_virtiofsd(
             self._plan.virtiofsd,
             self._share,
@@ -295,11 +286,11 @@ class Machine:
         )
         await self._supervise(helper)
 
-    async def _start_vsock_device(self) -> None:
+    async def _start_vsock_device(self, vsock: GuestVsock) -> None:
         helper = await self._machinery.start_vsock_device(
             self._plan.vsock_device,
-            self._socket(_VSOCK_SOCKET),
-            self._socket(_GUEST_SOCKET),
+            self._journal_socket(vsock.daemon_socket),
+            vsock.guest_socket,
             record=self._record,
         )
         await self._supervise(helper)
@@ -361,42 +352,27 @@ class Machine:
             )
         )
 
-    def _socket(self, name: str) -> Path:
-        path = self._state.socket(name)
+    def _journal_socket(self, path: Path) -> Path:
         self._entries.append(self._journal.take("socket", path=str(path)))
         return path
 
-    def _endpoint(self, port: int) -> Endpoint:
-        if self._kernel_vsock is not None:
-            return self._kernel_vsock.endpoint(port)
-        return HybridVsock(self._state.socket(_GUEST_SOCKET), port)
-
-    def _spec(self, ready_port: int) -> MachineSpec:
-        vsock = (
-            self._kernel_vsock.device(_VSOCK_ID)
-            if self._kernel_vsock is not None
-            else _unix_vsock(self._state)
-        )
+    def _spec(self, vsock: Vsock | None = None, ready_port: int | None = None) -> MachineSpec:
         return machine_spec(
             self._sandbox_id, self._plan, self._state, vsock, ready_port, self._network
         )
-
-
-def _unix_vsock(state: StateDir) -> UnixVsock:
-    return UnixVsock(
-        id=_VSOCK_ID, socket=state.socket(_VSOCK_SOCKET), uds_path=state.socket(_GUEST_SOCKET)
-    )
 
 
 def machine_spec(
     sandbox_id: str,
     plan: MachinePlan,
     state: StateDir,
-    vsock: KernelVsockDevice | UnixVsock,
-    ready_port: int,
+    vsock: Vsock | None = None,
+    ready_port: int | None = None,
     network: tuple[NetDevice, ...] = (),
 ) -> MachineSpec:
-    """What the backend is asked for. Pure."""
+    """What the backend is asked for; without a vsock, what it is asked about. Pure."""
+    if ready_port is None:
+        ready_port = plan.ready_port
     share = SharedDirectory(id="share0", tag=SHARE_TAG, socket=state.socket(_SHARE_SOCKET))
     return MachineSpec(
         id=sandbox_id,
@@ -411,7 +387,7 @@ def machine_spec(
         run_dir=state.directory,
         accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration
         machine_type=plan.machine_type,
-        devices=(share, vsock, Rng(), *network),
+        devices=(share, *([vsock] if vsock else ()), Rng(), *network),
         hotplug_ports=plan.hotplug_ports,
         unprivileged=plan.unprivileged,
     )

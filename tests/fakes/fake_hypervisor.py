@@ -125,6 +125,7 @@ class FakeHypervisor:
     check_error: Exception | None = None
     launch_error: Exception | None = None
     max_vcpus: int = 255
+    hybrid_vsock: bool = False
     machines: list[FakeMachine] = field(default_factory=list)
     helpers: list[FakeHelper] = field(default_factory=list)
 
@@ -138,8 +139,9 @@ class FakeHypervisor:
             memory_hotplug=False,
             pause=False,
             panic_event=False,
-            unix_vsock=True,
+            hybrid_vsock=self.hybrid_vsock,
             kernel_vsock=False,
+            unix_vsock=True,
             max_vcpus=self.max_vcpus,
             memory_step_mib=1,
         )

@@ -11,6 +11,7 @@ import trio.testing
 
 from agent_proto.pb import agent_pb2
 from hypervisors.errors import LaunchFailed, PreconditionFailed
+from hypervisors.machine import HybridVsock
 from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
@@ -338,3 +339,12 @@ async def read_to_end(descriptor: int) -> bytes:
             os.close(descriptor)
             return data
         data += chunk
+
+
+async def test_a_vmm_with_a_vsock_of_its_own_needs_no_daemon_for_it(tmp_path: Path) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+        shim.hypervisor.hybrid_vsock = True
+        await shim.create()
+        assert [helper.name for helper in shim.hypervisor.helpers] == ["virtiofsd"]
+        assert HybridVsock(id="vsock0", uds_path=shim.agent.uds_path) in shim.machine.spec.devices
+        await shim.start()
