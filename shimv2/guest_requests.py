@@ -11,6 +11,7 @@ from shimv2.guest_spec import (
     GUEST_SHM,
     SHARED_DIRECTORY,
     guest_spec,
+    pod_shm,
     sandbox_hostname,
     shares_sandbox_pid_namespace,
 )
@@ -20,15 +21,21 @@ if TYPE_CHECKING:
     from shimv2.rootfs import GuestPaths
 
 # Source: Kata virtcontainers/kata_agent.go setupStorages: the pod's shm, and its size by CRI.
-_SHM_OPTIONS: Final = ("noexec", "nosuid", "nodev", "mode=1777", "size=67108864")
+_SHM_OPTIONS: Final = ("noexec", "nosuid", "nodev", "mode=1777")
+_SHM_BYTES: Final = 64 << 20
 
 
 def sandbox_request(
-    bundle: Bundle, dns: Sequence[str], kernel_modules: Sequence[str] = ()
+    bundle: Bundle,
+    dns: Sequence[str],
+    kernel_modules: Sequence[str] = (),
+    *,
+    shm_bytes: int = 0,
 ) -> agent_pb2.CreateSandboxRequest:
     """Mount the share, and for a pod the /dev/shm that its containers have in common.
 
-    Each of `kernel_modules` is a name and its parameters, as in modprobe's command line.
+    `shm_bytes` is the size of the host's; 0 stands for the usual one. Each of `kernel_modules` is a
+    name and its parameters, as in modprobe's command line.
     """
     storages = [
         agent_pb2.Storage(
@@ -38,13 +45,13 @@ def sandbox_request(
             mount_point=f"{SHARED_DIRECTORY}/",
         )
     ]
-    if bundle.kind is ContainerKind.SANDBOX:
+    if bundle.kind is ContainerKind.SANDBOX or pod_shm(bundle.spec) is not None:
         storages.append(
             agent_pb2.Storage(
                 driver="ephemeral",
                 source="shm",
                 fstype="tmpfs",
-                options=_SHM_OPTIONS,
+                options=[*_SHM_OPTIONS, f"size={shm_bytes or _SHM_BYTES}"],
                 mount_point=str(GUEST_SHM),
             )
         )
@@ -79,5 +86,6 @@ def container_request(
             terminal=terminal,
             seccomp=seccomp,
         ),
+        storages=paths.storages,
         sandbox_pidns=shares_sandbox_pid_namespace(bundle.spec),
     )

@@ -27,6 +27,7 @@ _GUEST_FILESYSTEMS: Final = frozenset((
     "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "securityfs", "debugfs",
     "tracefs", "bpf", "hugetlbfs", "binfmt_misc", "devtmpfs", "configfs", "fusectl",
 ))  # fmt: skip
+_PROPAGATIONS: Final = frozenset(("private", "slave", "shared", "unbindable"))
 _HOST_SYSTEM_DIRECTORIES: Final = ("/proc", "/sys", "/dev")
 # cgroup namespaces are kept: the guest has cgroup v2 and hides its own tree that way.
 _KEPT_NAMESPACES: Final = frozenset({"ipc", "uts", "mount", "user", "cgroup"})
@@ -53,6 +54,11 @@ class SharedMount:
     destination: PurePosixPath
     read_only: bool
     is_recursive: bool
+    # Whether mounts that the host makes below it later appear in it (`rslave` of the specification,
+    # Kubernetes' HostToContainer, and what ctr's plain binds have), and those of the container's
+    # should appear on the host (`rshared`, Bidirectional), which no VM can do.
+    follows_host: bool = True
+    leads_host: bool = False
 
 
 def check_spec(spec: JsonObject) -> None:
@@ -86,6 +92,7 @@ def shared_mounts(spec: JsonObject) -> list[SharedMount]:
         if _uses_guest_source(mount):
             continue
         options = _options(mount)
+        propagation = _propagation(options)
         if "idmap" in options or "ridmap" in options or mount.get("uidMappings"):
             raise Unimplemented(
                 f"mount {mount['destination']}: id-mapped mounts cannot be shared with the VM",
@@ -99,6 +106,8 @@ def shared_mounts(spec: JsonObject) -> list[SharedMount]:
                 # libcontainer/specconv: recursive attributes are set after the plain ones.
                 read_only="ro" in options or "rro" in options,
                 is_recursive="bind" not in options or "rbind" in options,
+                follows_host=propagation not in ("private", "unbindable"),
+                leads_host=propagation == "shared",
             )
         )
     return found
@@ -196,9 +205,29 @@ def _options(mount: JsonObject) -> list[str]:
     return list(mount.get("options") or [])
 
 
+def _propagation(options: list[str]) -> str:
+    names = [option.removeprefix("r") for option in options]
+    return next((name for name in reversed(names) if name in _PROPAGATIONS), "")
+
+
+def pod_shm(spec: JsonObject) -> str | None:
+    """The host's directory of the /dev/shm that a pod's containers have in common, if any."""
+    for mount in spec.get("mounts") or []:
+        if _is_bind(mount) and _is_pod_shm(mount):
+            return str(mount["source"])
+    return None
+
+
+def _is_pod_shm(mount: JsonObject) -> bool:
+    # Source: containerd pkg/cri sandboxes/<id>/shm, CRI-O userdata/shm, Docker mounts/shm; the
+    # host's own for hostIPC. An emptyDir that is mounted there is a volume like others.
+    source = PurePosixPath(str(mount.get("source", "")))
+    return mount["destination"] == "/dev/shm" and source.name == "shm"
+
+
 def _uses_guest_source(mount: JsonObject) -> bool:
     """A bind whose source exists in every Linux: the guest's own is bound, not the host's."""
-    if mount["destination"] == "/dev/shm":
+    if _is_pod_shm(mount):
         return True
     source = str(mount.get("source", ""))
     return any(
@@ -224,7 +253,7 @@ def _guest_mounts(spec: JsonObject, sources: Mapping[int, PurePosixPath]) -> lis
         if index in sources:
             edited["source"] = str(sources[index])
             edited["type"] = "bind"
-        elif mount["destination"] == "/dev/shm" and _is_bind(mount):
+        elif _is_bind(mount) and _is_pod_shm(mount):
             edited["source"] = str(GUEST_SHM)
             edited["type"] = "bind"
         mounts.append(edited)

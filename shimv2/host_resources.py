@@ -130,7 +130,10 @@ class HostResources:
     def add_to_share(self, bundle: Bundle, rootfs: Sequence[RootfsMount]) -> GuestPaths:
         """Show a container's filesystems to the guest; as `Share.add`."""
         assert self._share is not None
-        return self._share.add(bundle, rootfs)
+        paths = self._share.add(bundle, rootfs)
+        for note in paths.notes:
+            self._log.warning("volume", container_id=bundle.container_id, text=note)
+        return paths
 
     def remove_from_share(self, container_id: str) -> None:
         """Take them back; what can't be is logged and stays in the journal."""

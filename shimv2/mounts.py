@@ -29,6 +29,8 @@ MS_SHARED = 0x100000
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
 MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
 AT_RECURSIVE = 0x8000
 CLONE_NEWNS = 0x20000
 
@@ -134,46 +136,56 @@ def mount(source: str, target: str | int, fstype: str = "", flags: int = 0, data
 
 
 def bind(
-    source: str | int, target: str | int, *, read_only: bool = False, recursive: bool = True
+    source: str | int,
+    target: str | int,
+    *,
+    read_only: bool = False,
+    recursive: bool = True,
+    propagation: int = 0,
+    attributes: int = 0,
 ) -> None:
     """Bind `source` over `target`, with everything mounted below it if `recursive`.
 
-    Read-only holds for the whole tree and is set on the host, where no guest can take it back, and
-    before the tree can be reached at `target`. Raises `MountFailed`.
+    A descriptor, of either, means the very file it has open. Read-only, the other `attributes`
+    (MOUNT_ATTR_*) and `propagation` (MS_PRIVATE: no later mount of the host's appears; MS_SLAVE:
+    each does; 0: as at the source) hold for the whole tree, and are set on the host, where no guest
+    can take them back, before the tree can be reached at `target`. Raises `MountFailed`.
     """
-    if not read_only:
-        mount(_place(source), target, "", MS_BIND | (MS_REC if recursive else 0))
-        return
-    tree = _clone(_place(source), recursive=recursive)
+    tree = _clone(source, recursive=recursive)
     try:
-        _make_read_only(tree, b"", _place(source))
+        attributes |= MOUNT_ATTR_RDONLY if read_only else 0
+        if attributes or propagation:
+            _set_attributes(tree, attributes, propagation, _place(source))
         _attach(tree, target)
     finally:
         os.close(tree)
 
 
-def _clone(source: str, *, recursive: bool) -> int:
+def _clone(source: str | int, *, recursive: bool) -> int:
     """open_tree(2): a detached copy of the mount at `source`, as a descriptor."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (AT_RECURSIVE if recursive else 0)
+    directory, path = (source, b"") if isinstance(source, int) else (_AT_FDCWD, os.fsencode(source))
+    if isinstance(source, int):
+        flags |= _AT_EMPTY_PATH
     tree: int = _libc.syscall(
-        ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(_AT_FDCWD), os.fsencode(source),
-        ctypes.c_uint(flags),
-    )  # fmt: skip
+        ctypes.c_long(_SYS_OPEN_TREE), ctypes.c_int(directory), path, ctypes.c_uint(flags)
+    )
     if tree < 0:
-        raise MountFailed("clone for a bind", source, ctypes.get_errno())
+        raise MountFailed("clone for a bind", _place(source), ctypes.get_errno())
     return tree
 
 
-def _make_read_only(directory: int, path: bytes, shown: str) -> None:
-    """mount_setattr(2) on a mount, or on a detached tree (empty path), and all mounts in it."""
-    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
+def _set_attributes(tree: int, attributes: int, propagation: int, shown: str) -> None:
+    """mount_setattr(2) on a detached tree: on all mounts in it."""
+    wanted = (ctypes.c_uint64 * 4)(attributes, 0, propagation, 0)
     result = _libc.syscall(
-        ctypes.c_long(_SYS_MOUNT_SETATTR), ctypes.c_int(directory), path,
-        ctypes.c_uint(_AT_EMPTY_PATH | AT_RECURSIVE), ctypes.byref(attributes),
-        ctypes.c_size_t(ctypes.sizeof(attributes)),
+        ctypes.c_long(_SYS_MOUNT_SETATTR), ctypes.c_int(tree), b"",
+        ctypes.c_uint(_AT_EMPTY_PATH | AT_RECURSIVE), ctypes.byref(wanted),
+        ctypes.c_size_t(ctypes.sizeof(wanted)),
     )  # fmt: skip
     if result != 0:
-        raise MountFailed("making read-only", shown, ctypes.get_errno())
+        what = "making read-only" if attributes & MOUNT_ATTR_RDONLY else "options of the bind"
+        raise MountFailed(what, shown, ctypes.get_errno())
 
 
 def _attach(tree: int, target: str | int) -> None:
@@ -190,22 +202,69 @@ def _attach(tree: int, target: str | int) -> None:
         raise MountFailed("bind", _place(target), ctypes.get_errno())
 
 
-def mount_rootfs(mounts: Sequence[RootfsMount], target: str) -> list[str]:
-    """Stack a snapshotter's mounts on `target` and return the places mounted, first one first.
+def rootfs_layers(mounts: Sequence[RootfsMount]) -> int:
+    """How many mounts `mount_rootfs` will stack on the root itself; the others lie below it.
 
-    Undoes what it did when one of them fails. Raises `MountFailed`.
+    Raises `MountFailed` for a target that leaves the root.
     """
-    done: list[str] = []
+    targets = [_below(one.target) for one in mounts]
+    return targets.count("") + bool(targets and targets[0])
+
+
+def mount_rootfs(mounts: Sequence[RootfsMount], target: str) -> None:
+    """Stack a snapshotter's mounts on `target`, a directory that no guest can replace.
+
+    A mount's own target is looked up below the mounts before it, whose content is the image's:
+    links are not followed. Detaching `target` as often as `rootfs_layers` says takes all of it
+    back; that is done here when a mount fails. Raises `MountFailed`.
+    """
+    layers = rootfs_layers(mounts)
     try:
+        if mounts and _below(mounts[0].target):
+            bind(target, target)  # so that what lies below goes with it
         for one in mounts:
-            place = inside(target, one.target)
-            _mount_one(one, place)
-            done.append(place)
+            _mount_below(one, target, _below(one.target))
     except BaseException:
-        for place in reversed(done):
-            detach(place)
+        for _ in range(layers):
+            detach(target)
         raise
-    return done
+
+
+def _mount_below(one: RootfsMount, target: str, path: str) -> None:
+    if not path:
+        _mount_one(one, target)
+        return
+    root = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        place = open_beneath(root, path, os.O_PATH)
+    except OSError as exc:
+        raise MountFailed("rootfs mount", one.target, exc.errno or 0) from exc
+    finally:
+        os.close(root)
+    try:
+        _mount_one(one, place)
+    finally:
+        os.close(place)
+
+
+def _below(target: str) -> str:
+    """A mount's own target as a path below the root. Raises `MountFailed` if it leaves it."""
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    if ".." in parts or "\0" in target:
+        raise MountFailed("rootfs mount", target, 22)
+    return "/".join(parts)
+
+
+def _mount_one(one: RootfsMount, place: str | int) -> None:
+    flags, propagation, data = parse_options(one.options)
+    if one.type in ("bind", "rbind") or flags & MS_BIND:
+        recursive = one.type == "rbind" or bool(flags & MS_REC)
+        bind(
+            one.source, place, read_only=bool(flags & MS_RDONLY), recursive=recursive,
+            propagation=propagation & ~MS_REC,
+        )  # fmt: skip
+    else:
+        _mount_filesystem(one.source, place, one.type, flags, data)
 
 
 def detach(target: str) -> bool:
@@ -269,26 +328,7 @@ def _place(target: str | int) -> str:
     return f"/proc/self/fd/{target}" if isinstance(target, int) else target
 
 
-def inside(root: str, target: str) -> str:
-    """Join a mount's own target to the rootfs. Raises `MountFailed` for one that leaves it."""
-    parts = [part for part in target.split("/") if part not in ("", ".")]
-    if ".." in parts or "\0" in target:
-        raise MountFailed("rootfs mount", target, 22)
-    return "/".join([root, *parts])
-
-
-def _mount_one(one: RootfsMount, place: str) -> None:
-    flags, propagation, data = parse_options(one.options)
-    if one.type in ("bind", "rbind") or flags & MS_BIND:
-        recursive = one.type == "rbind" or bool(flags & MS_REC)
-        bind(one.source, place, read_only=bool(flags & MS_RDONLY), recursive=recursive)
-    else:
-        _mount_filesystem(one.source, place, one.type, flags, data)
-    if propagation:
-        mount("none", place, "", propagation)
-
-
-def _mount_filesystem(source: str, place: str, fstype: str, flags: int, data: str) -> None:
+def _mount_filesystem(source: str, place: str | int, fstype: str, flags: int, data: str) -> None:
     if fstype != "overlay" or len(os.fsencode(data)) < _PAGE:
         mount(source, place, fstype, flags, data)
         return

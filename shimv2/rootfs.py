@@ -3,7 +3,8 @@
 Layout, of which the guest sees the right-hand side, read-only at its top:
 
     <state>/mounts/<cid>/rootfs            share/<cid>/rootfs              the root filesystem
-    <state>/mounts/<cid>-<n>-<name>        share/<cid>-<n>-<name>          a bind mount of the spec
+    <state>/mounts/volume:<n>-<name>       share/volume:<n>-<name>         a volume: shared_volumes
+    <state>/mounts/sandbox-mounts/<name>   share/sandbox-mounts/<name>     sandbox_bind_mounts
 
 `mounts` is a mount of its own, shared; `share` is its read-only peer. So a mount made later on the
 left appears on the right, and the guest can neither remove nor replace a mount's target: paths on
@@ -19,28 +20,39 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, Protocol
 
 from shimv2 import mounts
 from shimv2.errors import InvalidArgument
-from shimv2.guest_spec import SHARED_DIRECTORY, SharedMount, shared_mounts
+from shimv2.guest_spec import SHARED_DIRECTORY, SharedMount, pod_shm, shared_mounts
+from shimv2.shared_volumes import SharedVolumes
+from shimv2.volume_plan import VolumeKind, kubelet_volume, memory_volume, watched_volume
+from shimv2.volume_source import mount_table, opened, shm_bytes
 
 if TYPE_CHECKING:
+    from agent_proto.pb.agent_pb2 import Storage
     from shimv2.bundle import Bundle
     from shimv2.journal import Journal
 
 SHARE_TAG: Final = "kataShared"  # Source: Kata: the tag that agents mount
-_MAX_NAME: Final = 40
+_MAX_RESOLV_CONF_BYTES: Final = 64 << 10
 
 
 class MountCalls(Protocol):
     """The host's mount operations; `shimv2.mounts` is the real one."""
 
-    def mount_rootfs(self, mounts: Sequence[mounts.RootfsMount], target: str) -> list[str]: ...
+    def mount_rootfs(self, mounts: Sequence[mounts.RootfsMount], target: str) -> None: ...
     def bind(
-        self, source: str, target: str, *, read_only: bool = ..., recursive: bool = ...
+        self,
+        source: str | int,
+        target: str | int,
+        *,
+        read_only: bool = ...,
+        recursive: bool = ...,
+        propagation: int = ...,
+        attributes: int = ...,
     ) -> None: ...
     def make_shared(self, path: str) -> None: ...
 
@@ -51,6 +63,8 @@ class GuestPaths:
 
     root: PurePosixPath
     sources: dict[int, PurePosixPath] = field(default_factory=dict)  # by index of the spec's mount
+    storages: list[Storage] = field(default_factory=list)  # what the agent mounts before
+    notes: list[str] = field(default_factory=list)  # what a volume is not, for the log
 
 
 class Share:
@@ -61,6 +75,7 @@ class Share:
         self.path = state / "share"
         self._journal = journal
         self._calls = calls
+        self._volumes = SharedVolumes(self._mounts, journal, calls)
 
     def prepare(self) -> None:
         """Make both views; must be done before virtiofsd starts.
@@ -87,22 +102,54 @@ class Share:
         """
         container_id = bundle.container_id
         self._add_rootfs(bundle, rootfs)
-        sources: dict[int, PurePosixPath] = {}
+        paths = GuestPaths(root=SHARED_DIRECTORY / container_id / "rootfs")
         for mount in shared_mounts(bundle.spec):
-            name = f"{container_id}-{mount.index}-{mount.source.name[-_MAX_NAME:] or 'root'}"
-            self._bind_volume(container_id, mount, self._mounts / name)
-            sources[mount.index] = SHARED_DIRECTORY / name
-        return GuestPaths(root=SHARED_DIRECTORY / container_id / "rootfs", sources=sources)
+            self._add_volume(bundle, replace(mount, source=bundle.path / mount.source), paths)
+        return paths
 
     def remove(self, container_id: str) -> list[str]:
         """Take back what `add` did; return what could not be."""
-        return self._journal.undo(container=container_id)
+        return [
+            *self._volumes.release(container_id),
+            *self._journal.undo(container=container_id),
+        ]
+
+    def _add_volume(self, bundle: Bundle, mount: SharedMount, paths: GuestPaths) -> None:
+        volume = kubelet_volume(PurePosixPath(mount.source))
+        with opened(mount) as source:
+            if volume is not None and volume.kind in (VolumeKind.EMPTY_DIR, VolumeKind.SUBPATH):
+                made = memory_volume(
+                    mount, volume, mount_table(), source.mount_id(), source.status, bundle.spec
+                )
+                if made is not None:
+                    paths.sources[mount.index] = made.path
+                    paths.storages.extend(made.storages)
+                    return
+            is_pods_own = volume is not None and volume.kind is VolumeKind.EMPTY_DIR
+            name = self._volumes.use(
+                bundle.container_id,
+                mount,
+                source,
+                # The pod may write to its emptyDirs: who of it may not is the guest's to say, and
+                # all of its containers have the same directory.
+                read_only=mount.read_only and not is_pods_own,
+                is_kubelets=volume is not None,
+            )
+            paths.sources[mount.index] = SHARED_DIRECTORY / name
+            if volume is not None and volume.is_updated and mount.read_only and source.is_directory:
+                watched = watched_volume(name, SHARED_DIRECTORY / name)
+                paths.sources[mount.index] = watched.path
+                paths.storages.extend(watched.storages)
+            if mount.leads_host:
+                paths.notes.append(
+                    f"mount {mount.destination}: what the container mounts there stays in the VM; "
+                    "mounts of the host do appear in it"
+                )
 
     def _add_rootfs(self, bundle: Bundle, rootfs: Sequence[mounts.RootfsMount]) -> None:
         container_id = bundle.container_id
         target = self._mounts / container_id / "rootfs"
-        # Before the journal: what stands there is unmounted by whoever replays it.
-        places = [_place_of(mount, target) for mount in rootfs]
+        layers = _layers(rootfs)
         for directory in (target.parent, target):
             self._journal.take("directory", path=str(directory), container=container_id)
             directory.mkdir(mode=0o755)
@@ -111,8 +158,8 @@ class Share:
             self._journal.take("mount", target=str(target), container=container_id)
             self._calls.bind(str(source), str(target))
             return
-        for place in places:
-            self._journal.take("mount", target=place, container=container_id)
+        for _ in range(layers):
+            self._journal.take("mount", target=str(target), container=container_id)
         try:
             self._calls.mount_rootfs(rootfs, str(target))
         except mounts.MountFailed as exc:
@@ -124,42 +171,42 @@ class Share:
                 f"among {types}; use a snapshotter that mounts overlay or bind"
             ) from exc
 
-    def _bind_volume(self, container_id: str, mount: SharedMount, target: Path) -> None:
-        is_directory = _is_directory(mount)
-        kind = "directory" if is_directory else "file"
-        self._journal.take(kind, path=str(target), container=container_id)
-        if is_directory:
-            target.mkdir(mode=0o755)
-        else:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-        self._journal.take("mount", target=str(target), container=container_id)
-        self._calls.bind(
-            str(mount.source),
-            str(target),
-            read_only=mount.read_only,
-            recursive=mount.is_recursive,
-        )
-
 
 def sandbox_dns(bundle: Bundle) -> list[str]:
     """The lines of the pod's resolv.conf, as far as the spec brings one."""
     for mount in shared_mounts(bundle.spec):
         if str(mount.destination) == "/etc/resolv.conf":
             try:
-                with mount.source.open("rb") as file:
-                    text = file.read(64 << 10)
+                text = _small_file(bundle.path / mount.source)
             except OSError:
                 return []  # the mount itself reports it
             return text.decode("utf-8", "replace").splitlines()
     return []
 
 
-def _place_of(mount: mounts.RootfsMount, root: Path) -> str:
+def sandbox_shm_bytes(bundle: Bundle) -> int:
+    """The size of the host's /dev/shm of a pod; 0 where it can't be told."""
+    source = pod_shm(bundle.spec)
+    return shm_bytes(source) if source else 0
+
+
+def _small_file(path: Path) -> bytes:
+    with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return b""
+        return file.read(_MAX_RESOLV_CONF_BYTES)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # for the writer of a fifo
+
+
+def _layers(rootfs: Sequence[mounts.RootfsMount]) -> int:
     try:
-        return mounts.inside(str(root), mount.target)
+        return mounts.rootfs_layers(rootfs)
     except mounts.MountFailed as exc:
         raise InvalidArgument(
-            f"rootfs mount target {mount.target!r} leaves the container's root; remove the '..'"
+            f"rootfs mount target {exc.target!r} leaves the container's root; remove the '..'"
         ) from exc
 
 
@@ -170,30 +217,3 @@ def _root_directory(bundle: Bundle) -> Path:
             f"rootfs of container {bundle.container_id}: {source} is not a directory"
         )
     return source
-
-
-def _is_directory(mount: SharedMount) -> bool:
-    try:
-        mode = os.stat(mount.source).st_mode
-    except OSError as exc:
-        raise InvalidArgument(
-            f"mount {mount.destination}: source {mount.source}: {exc.strerror}"
-        ) from exc
-    if stat.S_ISDIR(mode):
-        return True
-    if stat.S_ISREG(mode):
-        return False
-    raise InvalidArgument(
-        f"mount {mount.destination}: {mount.source} is {_kind_name(mode)} of the host, which a VM "
-        "cannot reach; remove the mount"
-    )
-
-
-def _kind_name(mode: int) -> str:
-    if stat.S_ISSOCK(mode):
-        return "a unix socket"
-    if stat.S_ISFIFO(mode):
-        return "a fifo"
-    if stat.S_ISBLK(mode):
-        return "a block device"
-    return "a character device"

@@ -39,7 +39,7 @@ from shimv2.machine_plan import plan_machine
 from shimv2.oom_watch import watch_oom
 from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
-from shimv2.rootfs import GuestPaths, sandbox_dns
+from shimv2.rootfs import GuestPaths, sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import namespace_path
 from shimv2.timeline import Timeline
 
@@ -292,6 +292,7 @@ class Sandbox:
                     container.bundle,
                     sandbox_dns(container.bundle),
                     self._configure(creation).agent.kernel_modules,
+                    shm_bytes=sandbox_shm_bytes(container.bundle),
                 )
                 await self.agent.create_sandbox(request)
                 timeline.mark("sandbox")

@@ -65,20 +65,32 @@ class FakeMounts:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.error: Exception | None = None
+        self.propagation: list[int] = []
 
-    def mount_rootfs(self, mounts: Any, target: str) -> list[str]:
+    def mount_rootfs(self, mounts: Any, target: str) -> None:
         if self.error is not None:
             raise self.error
         self.calls.append(("rootfs", [m.source for m in mounts], target))
-        return [target]
 
     def bind(
-        self, source: str, target: str, *, read_only: bool = False, recursive: bool = True
+        self,
+        source: str | int,
+        target: str | int,
+        *,
+        read_only: bool = False,
+        recursive: bool = True,
+        propagation: int = 0,
+        attributes: int = 0,
     ) -> None:
-        self.calls.append(("bind", source, target, read_only))
+        self.calls.append(("bind", _named(source), _named(target), read_only))
+        self.propagation.append(propagation)
 
     def make_shared(self, path: str) -> None:
         self.calls.append(("shared", path))
+
+
+def _named(place: str | int) -> str:
+    return os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else place
 
 
 class RecordingLog:

@@ -90,11 +90,11 @@ def test_files_and_directories_are_bound_each_on_its_kind(bench: Bench, tmp_path
         bench.bundle(bind(tmp_path / "file", "/f", "ro"), bind(tmp_path / "dir", "/d")), []
     )
     assert [str(path) for path in paths.sources.values()] == [
-        "/run/kata-containers/shared/containers/c1-0-file",
-        "/run/kata-containers/shared/containers/c1-1-dir",
+        "/run/kata-containers/shared/containers/volume:1-file",
+        "/run/kata-containers/shared/containers/volume:2-dir",
     ]
-    assert (bench.state / "mounts/c1-0-file").is_file()
-    assert (bench.state / "mounts/c1-1-dir").is_dir()
+    assert (bench.state / "mounts/volume:1-file").is_file()
+    assert (bench.state / "mounts/volume:2-dir").is_dir()
     assert [call[3] for call in bench.calls.calls[-2:]] == [True, False]
 
 

@@ -318,7 +318,7 @@ async def test_a_pod_gets_one_shm_and_its_resolv_conf(tmp_path: Path) -> None:
         assert [storage.driver for storage in sandbox.storages] == ["virtio-fs", "ephemeral"]
         sent = shim.agent.called("CreateContainer")[0].OCI
         assert [mount.source for mount in sent.Mounts] == [
-            "/run/kata-containers/shared/containers/p1-0-resolv.conf",
+            "/run/kata-containers/shared/containers/volume:1-resolv.conf",
             "/run/kata-containers/sandbox/shm",
         ]
         bound = [call for call in shim.mounts.calls if call[0] == "bind"]
