@@ -29,6 +29,7 @@ from shimv2.errors import DeadlineExceeded, Unavailable
 from shimv2.failure import WAITING
 from shimv2.guest_vsock import GuestVsock
 from shimv2.rootfs import SHARE_TAG
+from shimv2.sizing import Size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -163,6 +164,15 @@ class Machine:
     def console_tail(self) -> list[str]:
         """The guest's last console lines, escaped."""
         return self.vm.console.tail(_TAIL_LINES) if self.vm is not None else []
+
+    @property
+    def size(self) -> Size:
+        """What the machine is launched with."""
+        return Size(vcpus=self._plan.vcpus, memory_mib=self._plan.memory_mib)
+
+    @property
+    def max_vcpus(self) -> int:
+        return self._plan.max_vcpus
 
     @property
     def vm_exit(self) -> VmExit | None:

@@ -35,6 +35,8 @@ class HypervisorConfig:
     default_maxvcpus: int = 0  # 0: as many as the host has
     default_memory_mib: int = 2048
     default_maxmemory_mib: int = 0  # 0: as much as the host has
+    overhead_vcpus: float = 0.0  # 0: default_vcpus; beside a limit of the containers
+    overhead_memory_mib: int = 0  # 0: default_memory
     memory_slots: int = 10
     hotplug_ports: int = 8
     rootless: bool = True  # the VMM gets a user of its own, where root starts the shim
@@ -79,8 +81,8 @@ class RuntimeSection:
     internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none
     disable_new_netns: bool = False
     disable_guest_seccomp: bool = True
-    sandbox_cgroup_only: bool = False
-    static_sandbox_resource_mgmt: bool = False
+    sandbox_cgroup_only: bool = True
+    static_sandbox_resource_mgmt: bool = True
     disable_guest_empty_dir: bool = False
     sandbox_bind_mounts: tuple[str, ...] = ()
     enable_pprof: bool = False

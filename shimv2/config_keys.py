@@ -24,6 +24,8 @@ _HYPERVISOR: dict[str, Row] = {
     "default_maxvcpus": ("default_maxvcpus", "int", 0, 1024),
     "default_memory": ("default_memory_mib", "int", 64, 16 << 20),
     "default_maxmemory": ("default_maxmemory_mib", "int", 0, 64 << 20),
+    "overhead_vcpus": ("overhead_vcpus", "number", 0, 1024),
+    "overhead_memory": ("overhead_memory_mib", "int", 0, 16 << 20),
     "memory_slots": ("memory_slots", "int", 0, 256),
     "hotplug_ports": ("hotplug_ports", "int", 0, 64),
     "rootless": ("rootless", "bool"),
@@ -149,7 +151,6 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     },
     "runtime": {
         "sandbox_cgroup_only": "the VMM stays in the cgroup in which containerd starts shims",
-        "static_sandbox_resource_mgmt": "the VM's size is that of the configuration in any case",
         "disable_guest_empty_dir": "each emptyDir is the host's, over virtio-fs",
         "sandbox_bind_mounts": "no such mounts are made",
         "enable_pprof": "that is a profiler of Go programs",
@@ -171,7 +172,7 @@ IDLE: dict[str, frozenset[str]] = {
     "hypervisor": _words("""
         rootfs_type vm_rootfs_driver machine_accelerators cpu_features valid_hypervisor_paths
         valid_virtio_fs_daemon_paths valid_entropy_sources valid_file_mem_backends
-        file_mem_backend disable_nesting_checks overhead_vcpus default_bridges overhead_memory
+        file_mem_backend disable_nesting_checks default_bridges
         memory_offset reclaim_guest_freed_memory hugepage_type numa_mapping guest_swap_path
         guest_swap_size_percent guest_swap_create_threshold_secs virtio_fs_cache_size
         virtio_fs_extra_args

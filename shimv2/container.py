@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from agent_proto.client import AgentClient
     from shimv2.bundle import Bundle, JsonObject
     from shimv2.relay import Relay
+    from shimv2.sandbox_resources import SandboxResources
     from shimv2.stdio import Logger, LoggerCommand
     from shimv2.task_events import TaskEvents
     from shimv2.timeline import Timeline
@@ -69,6 +70,8 @@ class Host(Protocol):
 
     @property
     def agent(self) -> AgentClient: ...
+    @property
+    def resources(self) -> SandboxResources: ...
     @property
     def keeps_output(self) -> bool: ...
     @property
@@ -355,9 +358,11 @@ class Container:
             self._host.events.resumed(self)
 
     async def update(self, resources: JsonObject) -> None:
-        """Change the container's limits in the guest."""
+        """Change the container's limits in the guest, which grows for them if it can."""
         await self.init.admit(Operation.UPDATE)
         message = message_from_json(oci_pb2.LinuxResources, guest_resources(resources), "resources")
+        await self._host.resources.update(self.id, resources)
+        self._host.resources.adapt(message, self.id)
         await self._ask(self._host.agent.update_container(self.id, message))
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:

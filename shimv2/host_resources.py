@@ -18,7 +18,6 @@ from shimv2.cleanup import remove_state
 from shimv2.errors import Unavailable
 from shimv2.journal import Journal
 from shimv2.logger import start_logger
-from shimv2.machine_plan import plan_machine
 from shimv2.rootfs import GuestPaths, MountCalls, Share
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
 
@@ -63,6 +62,7 @@ class HostResources:
         self._log = log
         self._journal: Journal | None = None
         self._share: Share | None = None
+        self._vcpus = 1
         self.machine: Machine | None = None
         self.network: SandboxNetwork | None = None
 
@@ -93,6 +93,7 @@ class HostResources:
         except BaseException:
             self._state_dir.remove()
             raise
+        self._vcpus = plan.vcpus
         self._share = Share(self._state_dir.directory, journal, self._parts.mounts)
         self._share.prepare()
         self.machine = Machine(
@@ -120,8 +121,8 @@ class HostResources:
             NetnsError: as `SandboxNetwork.open`.
         """
         assert self._journal is not None
-        path, vcpus = namespace_path(bundle.spec), plan_machine(config).vcpus
-        network = await SandboxNetwork.open(path, config, self._journal, vcpus=vcpus)
+        path = namespace_path(bundle.spec)
+        network = await SandboxNetwork.open(path, config, self._journal, vcpus=self._vcpus)
         self.network = network
         for note in network.notes:
             self.tell_network(note)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from shimv2.sizing import MILLI, Base, Limits, Size, wanted, within
+
 if TYPE_CHECKING:
     from hypervisors.virtiofsd import Cache
-    from shimv2.config import RuntimeConfig
+    from shimv2.config import HypervisorConfig, RuntimeConfig
 
 _MIB: Final = 1 << 20
 
@@ -51,23 +52,40 @@ def host_memory_mib() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB
 
 
-def plan_machine(config: RuntimeConfig) -> MachinePlan:
-    """Fill in what the configuration leaves to the host's size."""
+def base_size(hypervisor: HypervisorConfig) -> Base:
+    """Return what a machine has besides its containers' limits."""
+    vcpus = hypervisor.default_vcpus
+    return Base(
+        default_millicpus=round((vcpus if vcpus >= 0 else os.cpu_count() or 1) * MILLI),
+        default_memory_mib=hypervisor.default_memory_mib,
+        overhead_millicpus=round(hypervisor.overhead_vcpus * MILLI) or None,
+        overhead_memory_mib=hypervisor.overhead_memory_mib or None,
+    )
+
+
+def maximum_size(hypervisor: HypervisorConfig) -> Size:
+    """Return what a machine can grow to; never less than the configuration gives every machine."""
+    default = wanted(base_size(hypervisor), Limits())
+    return Size(
+        vcpus=max(default.vcpus, hypervisor.default_maxvcpus or os.cpu_count() or 1),
+        memory_mib=max(default.memory_mib, hypervisor.default_maxmemory_mib or host_memory_mib()),
+    )
+
+
+def plan_machine(config: RuntimeConfig, limits: Limits | None = None) -> MachinePlan:
+    """Fill in what the configuration leaves to the host's size and to the containers' limits."""
     hypervisor = config.hypervisor
-    cpus = os.cpu_count() or 1
-    wanted = hypervisor.default_vcpus
-    vcpus = cpus if wanted < 0 else max(1, math.ceil(wanted))
-    max_vcpus = hypervisor.default_maxvcpus or cpus
-    max_memory = hypervisor.default_maxmemory_mib or host_memory_mib()
+    maximum = maximum_size(hypervisor)
+    size = within(wanted(base_size(hypervisor), limits or Limits()), maximum)
     return MachinePlan(
         binary=hypervisor.path,
         kernel=hypervisor.kernel,
         initrd=hypervisor.initrd,
         kernel_params=_kernel_params(config),
-        vcpus=vcpus,
-        max_vcpus=max(vcpus, max_vcpus),
-        memory_mib=hypervisor.default_memory_mib,
-        max_memory_mib=max(hypervisor.default_memory_mib, max_memory),
+        vcpus=size.vcpus,
+        max_vcpus=maximum.vcpus,
+        memory_mib=size.memory_mib,
+        max_memory_mib=maximum.memory_mib,
         machine_type=hypervisor.machine_type,
         accelerator=hypervisor.accelerator,
         virtiofsd=hypervisor.virtio_fs_daemon,

@@ -41,6 +41,7 @@ from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
 from shimv2.rootfs import GuestPaths, sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import namespace_path
+from shimv2.sandbox_resources import SandboxResources
 from shimv2.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
     from shimv2.mounts import RootfsMount
+    from shimv2.sizing import Limits
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
     from shimv2.task_events import TaskEvents
@@ -91,6 +93,7 @@ class Sandbox:
         self._jobs = Jobs(self._defect)
         self._host = HostResources(invocation, state_dir, parts, log)
         self._config: RuntimeConfig | None = None
+        self._resources: SandboxResources | None = None
         self._is_up = trio.Event()
         self._closing = trio.Lock()  # guards the one teardown; the second caller finds it done
         self._is_watching_oom = False
@@ -126,6 +129,13 @@ class Sandbox:
         if self._host.machine is None or self._host.machine.agent is None:
             raise FailedPrecondition(f"sandbox {self._invocation.sandbox_id} has no VM")
         return self._host.machine.agent
+
+    @property
+    def resources(self) -> SandboxResources:
+        """What the containers may use, from the first one's Create on."""
+        if self._resources is None:
+            raise FailedPrecondition(f"sandbox {self._invocation.sandbox_id} has no VM")
+        return self._resources
 
     @property
     def keeps_output(self) -> bool:
@@ -265,7 +275,9 @@ class Sandbox:
         timeline = self.timeline = Timeline()
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._take_down_shielded)
-            machine = await self._prepare_machine(self._configure(creation))
+            self._resources = SandboxResources(self._configure(creation), self.log)
+            limits = self._resources.begin(container.bundle)
+            machine = await self._prepare_machine(self._configure(creation), limits)
             timeline.enter("preparing the container's root filesystem")
             prepared: list[GuestPaths] = []
 
@@ -286,6 +298,7 @@ class Sandbox:
                     nursery.start_soon(prepare)
                     nursery.start_soon(network.wire)
                     await machine.boot(network.devices)
+                self._resources.running(machine)
                 timeline.enter("setting up the sandbox in the guest")
                 await network.configure(self.agent)
                 request = sandbox_request(
@@ -323,6 +336,8 @@ class Sandbox:
             await container.open_stdio(container.init)
             undo.callback(self._host.remove_from_share, container.id)
             paths = self._host.add_to_share(container.bundle, creation.rootfs)
+            undo.callback(self._leave, container)
+            await self.resources.join(container.bundle)
             undo.push_async_callback(self._remove_in_guest, container)
             await self._create_in_guest(container, paths)
             undo.pop_all()
@@ -341,14 +356,13 @@ class Sandbox:
         if self.ended.is_set() or not self._is_up.is_set():
             raise Unavailable(self._reason or "the sandbox could not be created")
 
-    async def _prepare_machine(self, config: RuntimeConfig) -> Machine:
+    async def _prepare_machine(self, config: RuntimeConfig, limits: Limits) -> Machine:
         """Check what the machine is made of; only then take the first things for it."""
         self.timeline.enter("checking what the virtual machine is made of")
         machinery = self._parts.machinery(config)
         try:
-            plan = check_machine(
-                self._invocation.sandbox_id, plan_machine(config), machinery, self._state_dir
-            )
+            plan = plan_machine(config, limits)
+            plan = check_machine(self._invocation.sandbox_id, plan, machinery, self._state_dir)
         except Exception as exc:
             raise await self._explained(exc) from exc
         return self._host.take(
@@ -368,6 +382,7 @@ class Sandbox:
             terminal=container.init.plan.terminal,
             seccomp=not self._config.runtime.disable_guest_seccomp,
         )
+        self.resources.adapt(request.OCI.Linux.Resources, container.id)
         await container.create_in_guest(request)
 
     async def _explained(self, error: Exception) -> Exception:
@@ -414,6 +429,7 @@ class Sandbox:
             await self._take_down(f"container {container.id} was deleted")
         else:
             await self._remove_in_guest(container)
+            self._leave(container)
             self._host.remove_from_share(container.id)
         self.events.deleted(container, ended)
         self.containers.pop(container.id, None)
@@ -463,6 +479,10 @@ class Sandbox:
             await self._host.give_back()
 
     # --- Small jobs ---
+
+    def _leave(self, container: Container) -> None:
+        if self.resources.leave(container.id):
+            self.start_job(self.resources.shrink)
 
     def _defect(self, job: str, error: Exception) -> None:
         self.log.exception("job failed", error, job=job)

@@ -45,6 +45,8 @@ class FakeMachine:
         self.console = ConsoleRing(65536)
         self.addresses: dict[str, GuestAddress] = {}
         self.ignores_kill = False
+        self.resized: list[tuple[str, int]] = []
+        self.resize_error: Exception | None = None
         self._exited = trio.Event()
         self._on_exit = on_exit
         # As a VMM's: the taps are there for as long as it lives.
@@ -78,6 +80,20 @@ class FakeMachine:
         self._hold(device)
         self.addresses[device.id] = GuestAddress(pci_path="10/00")
         return self.addresses[device.id]
+
+    async def resize_vcpus(self, count: int) -> int:
+        await trio.lowlevel.checkpoint()
+        self.resized.append(("vcpus", count))
+        if self.resize_error is not None:
+            raise self.resize_error
+        return count
+
+    async def resize_memory(self, mib: int) -> int:
+        await trio.lowlevel.checkpoint()
+        self.resized.append(("memory", mib))
+        if self.resize_error is not None:
+            raise self.resize_error
+        return mib
 
     def _hold(self, device: Device) -> None:
         if isinstance(device, NetDevice):

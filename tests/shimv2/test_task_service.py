@@ -271,7 +271,7 @@ async def test_update_sends_what_means_something_in_the_guest(tmp_path: Path) ->
         request.resources.value = b'{"memory":{"limit":5},"cpu":{"quota":7,"cpus":"0-3"}}'
         await shim.call("Update", request)
         sent = shim.agent.containers["c1"].resources[0]
-        assert (sent.Memory.Limit, sent.CPU.Quota, sent.CPU.Cpus) == (5, 7, "")
+        assert (sent.Memory.Limit, sent.CPU.Quota, sent.CPU.Cpus) == (5, 7, "0,1")
         request.resources.value = b'{"memory":{"limit":"much"}}'
         error = await refusal(shim.call("Update", request))
         assert error.code == Code.INVALID_ARGUMENT

@@ -60,6 +60,10 @@ pub fn prepare_machine() -> Result<()> {
     let _ = fs::write("/proc/sys/kernel/printk_devkmsg", "on\n");
     // The kernel asks this program for modules, as it would ask modprobe.
     let _ = fs::write("/proc/sys/kernel/modprobe", "/init\n");
+    // Memory that is plugged in later is used at once, and where there is enough for the kernel
+    // itself, in a way that lets it be unplugged again.
+    let _ = fs::write("/sys/module/memory_hotplug/parameters/online_policy", "auto-movable\n");
+    let _ = fs::write("/sys/devices/system/memory/auto_online_blocks", "online\n");
     Ok(())
 }
 
