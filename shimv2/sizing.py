@@ -6,7 +6,7 @@
 The base is what the guest needs besides its containers, and what containers without a limit share:
 `default_vcpus` and `default_memory`, as Kata's Go runtime has it. A configuration that names
 `overhead_vcpus` or `overhead_memory`, keys of runtime-rs, is sized by that one's rule instead: the
-overhead where there is a limit, the default where there is none. Why: decision 0010.
+overhead where there is a limit, the default where there is none. Why: decision 0009.
 """
 
 from __future__ import annotations

@@ -29,3 +29,14 @@ def with_value(text: str, key: str, value: str) -> str:
         f"{key} = {value}" if line.startswith(f"{key} =") else line for line in text.splitlines()
     ]
     return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def drop_in(node: Node, text: str) -> Iterator[None]:
+    """Run with `text` read after the configuration file."""
+    inside = f"{CONFIGURATION.rpartition('/')[0]}/config.d/90-test.toml"
+    node.write(inside, text)
+    try:
+        yield
+    finally:
+        node.path(inside).unlink()

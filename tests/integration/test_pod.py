@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class Pod:
         )
         self.members.append(self.sandbox)
 
-    def start(self, name: str, *command: str) -> str:
+    def start(self, name: str, *command: str, options: Sequence[str] = ()) -> str:
         """Start a container that shares IPC and UTS with the pause container."""
         container = fresh_id(name)
         pid = self.ctr.pid(self.sandbox)
@@ -63,7 +63,7 @@ class Pod:
             container,
             *command,
             image=BUSYBOX_IMAGE,
-            options=[*self.annotations("container", name), *spaces],
+            options=[*self.annotations("container", name), *spaces, *options],
         )
         self.members.append(container)
         return container

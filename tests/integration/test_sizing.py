@@ -1,0 +1,94 @@
+"""The VM's size: from limits at its boot, from updates and from containers that join later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.harness.configuration import drop_in
+from tests.harness.containerd_api import Tasks
+from tests.harness.ctr import Ctr, fresh_id
+from tests.integration.test_pod import Pod
+
+if TYPE_CHECKING:
+    from tests.harness.node import Node
+
+pytestmark = pytest.mark.usefixtures("kata_only")
+
+MIB = 1 << 20
+_CPUS = "grep -c ^processor /proc/cpuinfo"
+_MEMORY = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"
+# What the guest's kernel keeps for itself of a machine of a few hundred MiB.
+_KERNEL_MIB = 90
+
+
+def guest(ctr: Ctr, container: str) -> tuple[int, int]:
+    """Return the guest's CPUs and its memory in MiB, as its kernel shows them."""
+    done = ctr.exec(container, "sh", "-c", f"{_CPUS}; {_MEMORY}", check=True)
+    cpus, kib = map(int, done.stdout.split())
+    return cpus, kib // 1024
+
+
+def limits(cpus: float, mib: int) -> list[str]:
+    quota = ["--cpu-quota", str(int(cpus * 100000)), "--cpu-period", "100000"]
+    return [*quota, "--memory-limit", str(mib * MIB)]
+
+
+def test_limits_size_the_vm_and_an_update_makes_it_grow(node: Node, ctr: Ctr) -> None:
+    settings = "[hypervisor.qemu]\ndefault_memory = 256\ndefault_maxvcpus = 4\n"
+    with drop_in(node, settings), Tasks(node) as tasks:
+        container = fresh_id("sized")
+        ctr.start(container, "sleep", "1000", options=limits(1, 192))
+        cpus, mib = guest(ctr, container)
+        assert cpus == 2
+        assert 448 - _KERNEL_MIB < mib < 448
+        tasks.update(container, {"cpu": {"cpus": "0"}})
+        seen = ctr.exec(container, "nproc", check=True).stdout.split()
+        assert seen == ["1"], "pinned to one CPU, it counts one"
+        tasks.update(container, {
+            "cpu": {"quota": 300000, "period": 100000, "cpus": "0-1"},
+            "memory": {"limit": 640 * MIB},
+        })  # fmt: skip
+        cpus, mib = guest(ctr, container)
+        assert cpus == 4
+        assert mib >= 640 + 256 - _KERNEL_MIB
+        assert ctr.exec(container, "nproc", check=True).stdout.split() == ["2"]
+        # The memory is there, not only announced.
+        fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=560M", "count=1"]
+        assert ctr.exec(container, *fill).returncode == 0
+        ctr.remove(container)
+
+
+def test_the_smallest_vm_runs_a_container_and_an_overhead_replaces_the_default(
+    node: Node, ctr: Ctr
+) -> None:
+    settings = "[hypervisor.qemu]\noverhead_memory = 32\noverhead_vcpus = 0.2\n"
+    with drop_in(node, settings):
+        container = fresh_id("small")
+        ctr.start(container, "sleep", "1000", options=limits(0.5, 8))
+        cpus, mib = guest(ctr, container)
+        assert cpus == 1
+        assert mib < 128
+        ctr.remove(container)
+
+
+def test_a_pods_vm_grows_with_the_containers_that_join_it(node: Node, ctr: Ctr) -> None:
+    settings = (
+        "[hypervisor.qemu]\ndefault_memory = 256\ndefault_maxvcpus = 3\n"
+        "[runtime]\nstatic_sandbox_resource_mgmt = false\n"
+    )
+    with drop_in(node, settings):
+        pod = Pod(ctr, fresh_id("pod"))
+        pod.start_sandbox()
+        try:
+            one = pod.start("one", "sleep", "1000")
+            assert guest(ctr, one)[0] == 1
+            two = pod.start("two", "sleep", "1000", options=limits(2, 256))
+            cpus, mib = guest(ctr, two)
+            assert cpus == 3
+            assert mib >= 512 - _KERNEL_MIB
+            three = pod.start("three", "sleep", "1000", options=limits(8, 64))
+            assert guest(ctr, three)[0] == 3, "more than default_maxvcpus there is not"
+        finally:
+            pod.remove()
