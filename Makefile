@@ -30,9 +30,10 @@ venv:
 	@packaging/setup/venv.sh
 
 .PHONY: tools
-tools: ## The containerd 2.x that the tests run beside the distribution's, crictl and critest
+tools: ## What the tests run beside the packages: containerd 2.x, crictl, critest, nerdctl
 	@packaging/setup/containerd2.sh
 	@packaging/setup/cri_tools.sh
+	@packaging/setup/nerdctl.sh
 
 .PHONY: agent
 agent: venv
