@@ -9,12 +9,17 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import trio
 import trio.testing
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture
