@@ -206,30 +206,36 @@ async def spawn(
     argv: Sequence[str],
     *,
     record: Recorder,
+    program: str = "",
     pass_fds: Mapping[int, int] | Sequence[int] = (),
     env: Mapping[str, str] | None = None,
     cwd: str = "/",
     stdin: int | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
+    merge_output: bool = False,
     death_signal: int = signal.SIGKILL,
     user: Account | None = None,
+    join: Sequence[int] = (),
     unshare: int = 0,
     rlimits: Mapping[int, tuple[int, int]] | None = None,
     no_new_privileges: bool = False,
 ) -> Child:
-    """Start `argv` (argv[0] is a path) and return once the program is executing.
+    """Start `argv` and return once the program is executing.
 
     Args:
         name: for the record and for messages.
         record: called with the child's identity before the program starts; if it raises, the
             program never runs and the error is passed on.
+        program: the path of what is executed; argv[0] unless given.
         pass_fds: descriptors for the child, {number there: number here} or numbers to keep. They
             stay open here and stay the caller's.
         env: the whole environment; None gives PATH and LANG only.
         stdin, stdout: descriptors; None is /dev/null.
         stderr: a descriptor; None keeps a bounded tail in `Child.stderr_tail`.
+        merge_output: stdout goes where stderr goes, into the tail.
         user: whom to become; capabilities go with root.
+        join: open namespaces to enter, before any of its own are made; needs root.
         unshare: CLONE_NEW* flags of namespaces the child gets of its own; needs root.
         rlimits: soft and hard limits by RLIMIT number. Core dumps are always off.
 
@@ -239,13 +245,16 @@ async def spawn(
         SpawnFailed: fork failed or the program cannot be executed (path, errno).
     """
     plan = child_exec.ExecPlan(
+        program=program or argv[0],
         argv=list(argv),
         env=dict(env) if env is not None else child_exec.DEFAULT_ENV,
         cwd=cwd,
         stdio=(stdin, stdout, stderr),
+        merge_output=merge_output,
         fds=dict(pass_fds if isinstance(pass_fds, Mapping) else {fd: fd for fd in pass_fds}),
         limits={resource.RLIMIT_CORE: (0, 0), **(rlimits or {})},
         user=user,
+        join=tuple(join),
         unshare=unshare,
         death_signal=death_signal,
         no_new_privileges=no_new_privileges,
@@ -263,7 +272,7 @@ async def _start(name: str, plan: child_exec.ExecPlan, record: Recorder) -> Chil
             # A child that was killed at the gate is reported by its exit like any other.
             with contextlib.suppress(BrokenPipeError):
                 os.write(pipes.gate_write, b"g")
-            await _wait_executed(plan.argv[0], pipes)
+            await _wait_executed(plan.program, pipes)
         except BaseException:
             await child.aclose()
             raise
@@ -281,7 +290,7 @@ def _fork(name: str, plan: child_exec.ExecPlan, pipes: child_exec.Pipes) -> Chil
         if pid == 0:
             child_exec.become(plan, pipes, parent)
     except OSError as error:
-        raise SpawnFailed(plan.argv[0], "fork", error.errno or errno.EAGAIN) from error
+        raise SpawnFailed(plan.program, "fork", error.errno or errno.EAGAIN) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     pidfd = -1
@@ -294,7 +303,7 @@ def _fork(name: str, plan: child_exec.ExecPlan, pipes: child_exec.Pipes) -> Chil
         os.waitpid(pid, 0)
         if pidfd >= 0:
             os.close(pidfd)
-        raise SpawnFailed(plan.argv[0], "pidfd_open", error.errno or errno.EMFILE) from error
+        raise SpawnFailed(plan.program, "pidfd_open", error.errno or errno.EMFILE) from error
     pipes.close_child_ends()
     record = ChildRecord(name=name, pid=pid, start_time=start_time)
     return Child(name, record, pidfd, pipes.take_stderr_read())

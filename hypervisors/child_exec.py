@@ -31,7 +31,7 @@ def prepare() -> None:
     global _libc
     if _libc is None:
         _libc = ctypes.CDLL(None, use_errno=True)
-        _ = _libc.prctl, _libc.unshare
+        _ = _libc.prctl, _libc.unshare, _libc.setns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +47,16 @@ class Account:
 class ExecPlan:
     """What the child does with itself before it becomes the program."""
 
+    program: str
     argv: list[str]
     env: dict[str, str]
     cwd: str
     stdio: tuple[int | None, int | None, int | None]
+    merge_output: bool
     fds: dict[int, int]
     limits: dict[int, tuple[int, int]]
     user: Account | None
+    join: tuple[int, ...]
     unshare: int
     death_signal: int
     no_new_privileges: bool
@@ -137,6 +140,9 @@ def become(plan: ExecPlan, pipes: Pipes, parent: int) -> NoReturn:
             os._exit(127)
         stage = "session"
         os.setsid()
+        stage = "namespaces"
+        for namespace in plan.join:
+            _check(_c().setns(namespace, 0))
         stage = "descriptors"
         status = _arrange_fds(plan, pipes)
         stage = "limits"
@@ -153,7 +159,7 @@ def become(plan: ExecPlan, pipes: Pipes, parent: int) -> NoReturn:
             # The parent opened the gate and died while no death signal was set.
             os._exit(127)
         stage = "exec"
-        os.execve(plan.argv[0], plan.argv, plan.env)
+        os.execve(plan.program, plan.argv, plan.env)
     except OSError as error:
         _report(status, stage, error.errno or errno.EIO)
     except BaseException:
@@ -171,6 +177,8 @@ def _arrange_fds(plan: ExecPlan, pipes: Pipes) -> int:
     wanted = {number: null if fd is None else fd for number, fd in enumerate(plan.stdio)}
     if pipes.stderr_write >= 0:
         wanted[2] = pipes.stderr_write
+        if plan.merge_output:
+            wanted[1] = pipes.stderr_write
     wanted.update(plan.fds)
     above = max(wanted) + 1
     status = fcntl.fcntl(pipes.status_write, fcntl.F_DUPFD_CLOEXEC, above)

@@ -115,8 +115,8 @@ class Qemu:
                     record=record,
                     pass_fds=command.pass_fds,
                     user=_account(spec, accelerator),
-                    unshare=isolation.own_namespaces(),
                     no_new_privileges=True,
+                    **isolation.machine_namespaces(spec.network_namespace),
                 )
                 undo.push_async_callback(child.aclose)
             machine = QemuMachine(spec, accelerator, child, qmp, console, command.addresses)

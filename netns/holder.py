@@ -1,4 +1,4 @@
-"""Makes a new network namespace and holds it by a process, for as long as somebody needs its pid.
+"""Holds a network namespace, mostly a new one, by a process, while somebody needs its pid.
 
 An OCI hook that sets up a container's network (nerdctl, Docker) is told a pid and finds the
 namespace below /proc. A virtual machine's containers have no pid on the host: this is one for the
@@ -20,7 +20,8 @@ from typing import Final, NoReturn
 import trio
 
 from netns.errors import HelperLost, KernelRefused
-from netns.inside import leave_parent, unshare_network
+from netns.inside import join_network, leave_parent, unshare_network
+from netns.namespace import Namespace
 
 START_S: Final = 5.0
 _EXIT_S: Final = 1.0
@@ -34,7 +35,7 @@ _IFREQ: Final = struct.Struct("=16sH22x")
 
 
 class Holder:
-    """A sleeping process in a network namespace of its own, with nothing but a loopback in it."""
+    """A sleeping process in a network namespace: a given one, or one with only a loopback."""
 
     def __init__(self, pid: int, pidfd: int, sock: socket.socket) -> None:
         self.pid = pid
@@ -43,20 +44,23 @@ class Holder:
         self._sock = sock
 
     @classmethod
-    async def start(cls, record: Callable[[int], None]) -> Holder:
-        """Start one. `record` learns the pid before the process does anything.
+    async def start(cls, record: Callable[[int], None], namespace: Path | None = None) -> Holder:
+        """Start one, in a new namespace or in `namespace`; `record` first learns its pid.
 
         It dies with the caller, and has no descriptor of it. Cancelling leaves no process.
 
         Raises:
-            KernelRefused: the kernel makes no namespace.
+            HostNamespace, NamespaceGone: `namespace` is not a pod's.
+            KernelRefused: the kernel makes no namespace, or enters none.
             HelperLost: the process died.
         """
+        if namespace is not None:
+            Namespace.open(namespace).close()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             pid = os.fork()
             if pid == 0:
-                _hold(theirs)
+                _hold(theirs, namespace)
         holder = cls(pid, os.pidfd_open(pid), ours)
         try:
             record(pid)
@@ -90,7 +94,7 @@ class Holder:
                 raise HelperLost(name, "died")
             (code,) = _CODE.unpack(answer)
             if code:
-                raise KernelRefused("make a network namespace", code)
+                raise KernelRefused("enter a network namespace", code)
             return
         raise HelperLost(name, f"had no answer within {START_S:g} s")
 
@@ -100,14 +104,17 @@ def _collect(pidfd: int) -> None:
     os.close(pidfd)
 
 
-def _hold(sock: socket.socket) -> NoReturn:
+def _hold(sock: socket.socket, namespace: Path | None) -> NoReturn:
     code = 0
     try:
         leave_parent(keep=(sock.fileno(),))
         if sock.recv(len(_GO)) == _GO:
-            unshare_network()
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-                fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(b"lo", _IFF_UP))
+            if namespace is not None:
+                join_network(namespace)
+            else:
+                unshare_network()
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                    fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(b"lo", _IFF_UP))
             sock.send(_CODE.pack(0))
             sock.recv(1)  # until the parent closes its end
     except OSError as error:

@@ -22,7 +22,7 @@ import trio
 
 from netns.errors import KernelRefused, NamespaceGone, NetnsError, UnsupportedLink
 from netns.inside import MAX_FDS, Outcome, WorkFailed, run_inside, run_inside_blocking
-from netns.model import Layout, RateLimits, Scan, Statistics, Wiring
+from netns.model import Endpoint, Layout, RateLimits, Scan, Statistics, Wiring
 from netns.namespace import Namespace
 from netns.plan import (
     Attachment,
@@ -122,6 +122,11 @@ class PodNetwork:
         return network
 
     @property
+    def namespace_fd(self) -> int:
+        """The namespace's descriptor, open until `aclose`."""
+        return self._namespace.fd
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on what of the pod's network the guest does not get."""
         return self.layout.notes
@@ -152,9 +157,26 @@ class PodNetwork:
         Raises:
             as `open`; what is attached already is untouched.
         """
-        before = len(self.attached)
+        known = {each.attachment.endpoint.ifindex for each in self.attached}
         await self._look(is_first=False)
-        return self.attached[before:]
+        return tuple(
+            each for each in self.attached if each.attachment.endpoint.ifindex not in known
+        )
+
+    def drop_gone(self) -> tuple[Endpoint, ...]:
+        """Forget the interfaces that have left the namespace; return them.
+
+        What was done to them has left with them.
+        """
+        here = {endpoint.ifindex for endpoint in self.layout.endpoints}
+        gone = [each for each in self.attached if each.attachment.endpoint.ifindex not in here]
+        for each in gone:
+            for fd in each.fds:
+                os.close(fd)
+        if gone:
+            self._wired -= sum(each in gone for each in self.attached[: self._wired])
+            self.attached = tuple(each for each in self.attached if each not in gone)
+        return tuple(each.attachment.endpoint for each in gone)
 
     def statistics(self) -> tuple[Statistics, ...]:
         """Count what went through each endpoint. Reads one file; takes no lock of the network's."""
@@ -207,7 +229,7 @@ class PodNetwork:
         if is_first:
             self._watch, self._counters = socket.socket(fileno=fds.pop(0)), fds.pop(0)
         scan = parse(outcome.payload)
-        found = layout(scan, without=_our_links(scan))
+        found = _layout(scan, is_first=is_first)
         joined = attachments(found, self._wiring, _names(scan), known=known)
         if self._wiring is Wiring.MACVTAP:
             fds = await self._make_macvtaps(joined)
@@ -279,7 +301,7 @@ def _look(queues: int, known: frozenset[int], *, makes_taps: bool, is_first: boo
     fds = [open_watch().detach(), _open_counters()] if is_first else []
     scan = parse(dumps)
     try:
-        found = layout(scan, without=_our_links(scan))
+        found = _layout(scan, is_first=is_first)
     except UnsupportedLink:
         return Outcome(dumps, fds)  # the parent raises it again
     joined = attachments(found, Wiring.TC_FILTER, _names(scan), known=known) if makes_taps else ()
@@ -340,6 +362,24 @@ def _shares(joined: tuple[Attachment, ...], queues: int) -> list[tuple[Attachmen
         shares.append((each, start, count))
         start += count
     return shares
+
+
+def _layout(scan: Scan, *, is_first: bool) -> Layout:
+    """As `scan.layout`; at the first look nobody else's virtual machine may be in the namespace.
+
+    Raises:
+        UnsupportedLink: a link that no machine can have, or that another one has.
+    """
+    ours = _our_links(scan)
+    found = layout(scan, without=ours)
+    taken = [endpoint.name for endpoint in found.endpoints if endpoint.has_ingress]
+    if is_first and ours and taken:
+        raise UnsupportedLink(
+            taken[0],
+            "another one has it; containers share a network only in one pod, so give this one a "
+            "network of its own",
+        )
+    return found
 
 
 def _our_links(scan: Scan) -> frozenset[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -146,6 +146,7 @@ class Machine:
         self._vsock: GuestVsock | None = None
         self._scope = trio.CancelScope()
         self._network: tuple[NetDevice, ...] = ()
+        self._network_namespace: int | None = None
         self._is_closing = False
         self._helper_loss = ""
         self.launched = trio.Event()
@@ -178,16 +179,19 @@ class Machine:
     def vm_exit(self) -> VmExit | None:
         return self.vm.exit if self.vm is not None else None
 
-    async def boot(self, network: tuple[NetDevice, ...] = ()) -> AgentClient:
+    async def boot(
+        self, network: tuple[NetDevice, ...] = (), network_namespace: int | None = None
+    ) -> AgentClient:
         """Boot and connect. On failure the caller calls `aclose`; cancelling is safe.
 
-        The descriptors of `network` stay the caller's; when `launched` is set it may close them.
+        The descriptors stay the caller's; when `launched` is set it may close them.
 
         Raises:
             Unavailable: a part died meanwhile, with its reason.
             HypervisorError, AgentError: a step failed.
         """
         self._network = network
+        self._network_namespace = network_namespace
         with self._scope:
             await self._boot()
         if self.agent is None or self.death is not None:
@@ -367,9 +371,10 @@ class Machine:
         return path
 
     def _spec(self, vsock: Vsock | None = None, ready_port: int | None = None) -> MachineSpec:
-        return machine_spec(
+        spec = machine_spec(
             self._sandbox_id, self._plan, self._state, vsock, ready_port, self._network
         )
+        return replace(spec, network_namespace=self._network_namespace)
 
 
 def machine_spec(

@@ -55,6 +55,22 @@ def interface(endpoint: Endpoint, pci_path: str = "") -> types_pb2.Interface:
     )
 
 
+def emptied(endpoint: Endpoint) -> types_pb2.Interface:
+    """Describe an interface that has left the pod but whose device can't leave the machine.
+
+    It has no address, and makes room for another of its name.
+    """
+    name = f"left{endpoint.ifindex}"
+    return types_pb2.Interface(
+        device=name,
+        name=name,
+        mtu=endpoint.mtu,
+        hwAddr=endpoint.mac,
+        type=endpoint.kind,
+        raw_flags=_IFF_NOARP,
+    )
+
+
 def routes(endpoints: Iterable[Endpoint]) -> list[types_pb2.Route]:
     """List the routes of all endpoints for UpdateRoutes, which replaces the guest's.
 

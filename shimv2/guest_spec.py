@@ -78,6 +78,18 @@ def check_spec(spec: JsonObject) -> None:
             )
 
 
+def check_hooks(spec: JsonObject) -> None:
+    """Refuse hooks that can't be run.
+
+    Raises:
+        InvalidArgument: naming the field.
+    """
+    if spec.get("hooks"):  # few have any: the others do without the module
+        from shimv2.hooks import parse_hooks
+
+        parse_hooks(spec)
+
+
 def shared_mounts(spec: JsonObject) -> list[SharedMount]:
     """List the mounts that need something of the host, in the spec's order.
 
@@ -138,6 +150,8 @@ def guest_spec(
         "annotations": _guest_annotations(bundle),
         "linux": _guest_linux(bundle, seccomp=seccomp),
     }
+    if in_guest := (spec.get("hooks") or {}).get("startContainer"):
+        edited["hooks"] = {"startContainer": in_guest}  # all others run on the host
     return message_from_json(oci_pb2.Spec, edited, "config.json")
 
 

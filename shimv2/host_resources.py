@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent_proto.limits import AgentTimeouts
 from shimv2.boot import Machine, Machinery
 from shimv2.cleanup import remove_state
 from shimv2.errors import Unavailable
-from shimv2.journal import Journal
+from shimv2.journal import DEFERRED, Journal
 from shimv2.logger import start_logger
 from shimv2.rootfs import GuestPaths, MountCalls, Share
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
@@ -24,11 +25,13 @@ from shimv2.sandbox_network import SandboxNetwork, namespace_path
 if TYPE_CHECKING:
     import trio
 
+    from agent_proto.client import AgentClient
     from hypervisors.child import ChildRecord
     from shimv2.bootstrap import ShimInvocation
     from shimv2.bundle import Bundle
     from shimv2.config import RuntimeConfig
     from shimv2.container import Log
+    from shimv2.host_hooks import HostHooks
     from shimv2.journal import Entry
     from shimv2.machine_plan import MachinePlan
     from shimv2.mounts import RootfsMount
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from shimv2.timeline import Timeline
 
 # Undone by who made them, not by the journal's undo alone: while one is held the state stays.
+# Source: moby daemon/config: containerd-namespace.
+_DOCKER = "moby"
+
 _OUTLASTING = ("process", "network")
 
 
@@ -65,6 +71,9 @@ class HostResources:
         self._vcpus = 1
         self.machine: Machine | None = None
         self.network: SandboxNetwork | None = None
+        self._is_given_back = False
+        self._hooks: HostHooks | None = None  # from the first container that has some on
+        self._enter: Callable[[str], None] = lambda phase: None
 
     def take(
         self,
@@ -94,6 +103,7 @@ class HostResources:
             self._state_dir.remove()
             raise
         self._vcpus = plan.vcpus
+        self._enter = timeline.enter
         self._share = Share(self._state_dir.directory, journal, self._parts.mounts)
         self._share.prepare()
         self.machine = Machine(
@@ -117,16 +127,72 @@ class HostResources:
     async def open_network(self, bundle: Bundle, config: RuntimeConfig) -> SandboxNetwork:
         """Look into the pod's network namespace: the VMM must have the taps at its launch.
 
+        The container's hooks of before come first: they may be what makes the network.
+
         Raises:
             NetnsError: as `SandboxNetwork.open`.
+            HookFailed: a hook did not succeed.
         """
         assert self._journal is not None
         path = namespace_path(bundle.spec)
+        if hooks := self._hooks_for(bundle):
+            path = await hooks.before_network(bundle, path)
+            self._enter("preparing the pod's network")
         network = await SandboxNetwork.open(path, config, self._journal, vcpus=self._vcpus)
         self.network = network
         for note in network.notes:
             self.tell_network(note)
         return network
+
+    async def adopt_network(self, network: SandboxNetwork, config: RuntimeConfig) -> SandboxNetwork:
+        """Docker names no namespace and runs no hook: it looks for the namespace of the task's pid.
+
+        That is the VMM's own. Docker puts interfaces there between Create and Start; for others
+        nothing changes. Source: moby daemon/start.go, from version 26 on.
+        """
+        if network.has_namespace or self._invocation.namespace != _DOCKER:
+            return network
+        assert self.machine is not None
+        assert self._journal is not None
+        path = Path(f"/proc/{self.machine.pid}/ns/net")
+        self.network = await SandboxNetwork.open(path, config, self._journal, vcpus=self._vcpus)
+        self.network.is_late = True
+        return self.network
+
+    async def catch_up_network(self, agent: AgentClient) -> None:
+        """Before a Start: let the guest have what Docker has made since Create."""
+        if self.network is None or not self.network.is_late:
+            return
+        if self.machine is not None and self.machine.vm is not None:
+            await self.network.catch_up(agent, self.machine.vm, self.tell_network)
+
+    async def run_creation_hooks(self, bundle: Bundle) -> None:
+        """Run the hooks of a container's creation that are left when the VM is up.
+
+        Raises:
+            HookFailed: a hook did not succeed.
+        """
+        if hooks := self._hooks_for(bundle):
+            assert self.machine is not None
+            # The VMM is in the namespace by now.
+            await hooks.release_holder()
+            namespace = self.network.namespace_fd if self.network is not None else None
+            await hooks.in_network(bundle, self.machine.pid, namespace)
+
+    async def run_poststart(self, container_id: str) -> None:
+        """Run a container's poststart hooks, if it has any."""
+        if self._hooks is not None and self.machine is not None:
+            await self._hooks.started(container_id, self.machine.pid)
+            self._close_journal()  # the container may have come and gone meanwhile
+
+    async def run_poststop(self, container_id: str | None = None) -> None:
+        """Run the poststop hooks of a container, or of all, that haven't been run yet."""
+        if self._hooks is not None:
+            if container_id is None:
+                await self._hooks.all_stopped()
+            else:
+                await self._hooks.stopped(container_id)
+            self._close_journal()
 
     def add_to_share(self, bundle: Bundle, rootfs: Sequence[RootfsMount]) -> GuestPaths:
         """Show a container's filesystems to the guest; as `Share.add`."""
@@ -182,23 +248,50 @@ class HostResources:
                 self.tell_network(problem)
 
     async def give_back(self) -> None:
-        """Stop the machine, then undo everything that the journal holds. Idempotent."""
+        """Stop the machine, then undo everything that the journal holds. Idempotent.
+
+        Poststop hooks are left to `run_poststop`; until then the journal stays.
+        """
         await self.stop_machine()
+        if self._hooks is not None:
+            await self._hooks.release_holder()
+        self._is_given_back = True
         if self._journal is None:
             return
-        journal, self._journal = self._journal, None
-        for problem in journal.undo():
+        for problem in self._journal.undo():
             self._log.warning("cleanup", problem=problem)
-        left = [entry for entry in journal.held if entry.kind in _OUTLASTING]
-        journal.close()
-        if not left:
-            for problem in self._state_dir.remove():
-                self._log.warning("cleanup", problem=problem)
+        self._close_journal()
 
     def forget(self) -> None:
         """After `give_back` of a failed attempt: the next one starts with nothing."""
         self.machine = None
         self.network = None
+        self._hooks = None
+        self._is_given_back = False
+
+    def _hooks_for(self, bundle: Bundle) -> HostHooks | None:
+        if not bundle.spec.get("hooks"):
+            return None
+        if self._hooks is None:
+            from shimv2.host_hooks import HostHooks
+
+            assert self._journal is not None
+            directory = self._state_dir.directory
+            self._hooks = HostHooks(self._journal, directory, self._log, self._enter)
+        return self._hooks
+
+    def _close_journal(self) -> None:
+        """End the journal, unless something in it is still to come."""
+        if self._journal is None or not self._is_given_back:
+            return
+        if any(entry.kind in DEFERRED for entry in self._journal.held):
+            return
+        journal, self._journal = self._journal, None
+        left = [entry for entry in journal.held if entry.kind in _OUTLASTING]
+        journal.close()
+        if not left:
+            for problem in self._state_dir.remove():
+                self._log.warning("cleanup", problem=problem)
 
     def tell_network(self, text: str) -> None:
         """Log what the pod's network does not give the guest, or does not give back."""

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 VERSION = 1
 Value = str | int
 _NO_SPACE = (28, 122, 30)  # ENOSPC, EDQUOT, EROFS
+_OWN = {"mount": "target", "poststop": "path"}
+"""Kinds that are only undone below the journal's directory, and the field that says where."""
+
+DEFERRED = ("poststop", "hook")
+"""Kinds whose time is not the sandbox's end: hooks may run until the Delete of their container."""
+
+_PROCESSES = ("process", "hook")
+
 _MAX_BYTES = 16 << 20
 """A journal is a few KiB; this bounds what `delete` reads of a file it did not write."""
 
@@ -118,9 +126,14 @@ class Journal:
             return
 
     def undo(self, *, container: str | None = None) -> list[str]:
-        """Undo and release what is held (of one container), newest first; return the problems."""
+        """Undo and release what is held (of one container), newest first; return the problems.
+
+        What is `DEFERRED` stays held.
+        """
         problems: list[str] = []
         for entry in reversed(self.held):
+            if entry.kind in DEFERRED:
+                continue
             if container is None or entry.container == container:
                 outcome = _undo_one(entry, os.path.dirname(self.path))
                 if outcome is None:
@@ -180,7 +193,7 @@ def replay(path: str, *, container: str | None = None) -> list[str]:
     for entry in reversed(held):
         if container is not None and entry.container != container:
             continue
-        if entry.kind == "process" and not same_boot:
+        if entry.kind in _PROCESSES and not same_boot:
             continue
         problem = _undo_one(entry, os.path.dirname(path))
         if problem is not None:
@@ -196,7 +209,7 @@ def survivors(path: str) -> list[Entry]:
     return [
         entry
         for entry in held
-        if entry.kind == "process"
+        if entry.kind in _PROCESSES
         and isinstance(pid := entry.fields.get("pid"), int)
         and isinstance(start := entry.fields.get("start_time"), int)
         and is_alive(pid, start)
@@ -205,9 +218,10 @@ def survivors(path: str) -> list[Entry]:
 
 def _undo_one(entry: Entry, home: str) -> str | None:
     undo = UNDO.get(entry.kind)
-    if entry.kind == "mount" and not is_below(home, str(entry.fields.get("target"))):
+    own = _OWN.get(entry.kind)
+    if own is not None and not is_below(home, str(entry.fields.get(own))):
         # `delete` runs among the host's mounts, and a journal is only a file.
-        return f"mount #{entry.number}: {entry.fields.get('target')} is not of this sandbox"
+        return f"{entry.kind} #{entry.number}: {entry.fields.get(own)} is not of this sandbox"
     if undo is None:
         return f"{entry.kind} #{entry.number}: not known to this version"
     try:

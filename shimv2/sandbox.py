@@ -31,7 +31,7 @@ from shimv2.errors import (
     representative,
 )
 from shimv2.guest_requests import container_request, sandbox_request
-from shimv2.guest_spec import check_spec
+from shimv2.guest_spec import check_hooks, check_spec
 from shimv2.host_resources import HostResources, Parts
 from shimv2.jobs import Jobs
 from shimv2.lifecycle import Operation, State
@@ -206,8 +206,7 @@ class Sandbox:
         check_spec(bundle.spec)
         if bundle.kind is not ContainerKind.MEMBER:
             namespace_path(bundle.spec)  # the host's network is none that a VM can have
-        if bundle.spec.get("hooks"):
-            self.log.warning("hooks are not run", container_id=bundle.container_id)
+        check_hooks(bundle.spec)
         container = Container(bundle, creation.stdio, self)
         self.containers[container.id] = container
         try:
@@ -229,7 +228,7 @@ class Sandbox:
 
     async def start(self, container: Container, exec_id: str) -> None:
         """Start a process to the end, even if the client that asked for it leaves."""
-        await self._jobs.finish(container.start, exec_id)
+        await self._jobs.finish(self._start, container, exec_id)
         if not self._is_watching_oom and not self.ended.is_set():
             self._is_watching_oom = True
             self.start_job(watch_oom, self.agent, self.containers.get, self._tell_oom)
@@ -297,9 +296,10 @@ class Sandbox:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(prepare)
                     nursery.start_soon(network.wire)
-                    await machine.boot(network.devices)
+                    await machine.boot(network.devices, network.namespace_fd)
                 self._resources.running(machine)
                 timeline.enter("setting up the sandbox in the guest")
+                network = await self._host.adopt_network(network, self._configure(creation))
                 await network.configure(self.agent)
                 request = sandbox_request(
                     container.bundle,
@@ -309,6 +309,7 @@ class Sandbox:
                 )
                 await self.agent.create_sandbox(request)
                 timeline.mark("sandbox")
+                await self._host.run_creation_hooks(container.bundle)
                 timeline.enter("creating the container in the guest")
                 await self._create_in_guest(container, prepared[0])
             except Exception as exc:
@@ -321,7 +322,7 @@ class Sandbox:
         self._is_up.set()
         can_grow = network.has_namespace and self._configure(creation).hypervisor.hotplug_ports > 0
         if can_grow and machine.vm is not None and not self.ended.is_set():
-            self.start_job(network.follow, self.agent, machine.vm.attach, self._host.tell_network)
+            self.start_job(network.follow, self.agent, machine.vm, self._host.tell_network)
 
     async def _join(self, container: Container, creation: Creation) -> None:
         """Add a container to the VM that is there, or is about to be."""
@@ -332,8 +333,10 @@ class Sandbox:
             )
         await self._wait_up()
         async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._poststop_shielded, container)
             undo.push_async_callback(self._close_stdio, container)
             await container.open_stdio(container.init)
+            await self._host.run_creation_hooks(container.bundle)
             undo.callback(self._host.remove_from_share, container.id)
             paths = self._host.add_to_share(container.bundle, creation.rootfs)
             undo.callback(self._leave, container)
@@ -415,6 +418,13 @@ class Sandbox:
         name = "the client's limit" if is_clients else "`create_container_timeout`"
         return late(scene, limit_s=limit_s, limit_name=name, reports_root=self._parts.reports_root)
 
+    async def _start(self, container: Container, exec_id: str) -> None:
+        if not exec_id and not self.ended.is_set():
+            await self._host.catch_up_network(self.agent)
+        await container.start(exec_id)
+        if not exec_id:
+            await self._host.run_poststart(container.id)
+
     # --- The end of things ---
 
     async def _delete(self, container: Container, never_ran: bool) -> ProcessExit:
@@ -431,6 +441,7 @@ class Sandbox:
             await self._remove_in_guest(container)
             self._leave(container)
             self._host.remove_from_share(container.id)
+        await self._host.run_poststop(container.id)
         self.events.deleted(container, ended)
         self.containers.pop(container.id, None)
         process.vanish()
@@ -455,6 +466,10 @@ class Sandbox:
             except (AgentError, ShimError) as exc:
                 self.log.warning("remove container", container_id=container.id, error=str(exc))
 
+    async def _poststop_shielded(self, container: Container) -> None:
+        with trio.CancelScope(shield=True):  # each hook has a bound
+            await self._host.run_poststop(container.id)
+
     async def _close_stdio(self, container: Container) -> None:
         with trio.CancelScope(shield=True):  # bounded by a logger's graces
             await container.init.drain()
@@ -462,6 +477,7 @@ class Sandbox:
     async def _take_down_shielded(self) -> None:
         with trio.CancelScope(shield=True):  # every step of it has a bound of its own
             await self._take_down("the sandbox could not be created")
+            await self._host.run_poststop()
         # Nothing is left of the attempt; another may follow.
         self._host.forget()
         self._config = None

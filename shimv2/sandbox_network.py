@@ -10,27 +10,33 @@ A pod without a namespace of its own path has no interfaces, and then nothing he
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
 from agent_proto.errors import AgentError
 from hypervisors.errors import HypervisorError
-from hypervisors.machine import GuestAddress, NetDevice
 from shimv2.errors import FailedPrecondition
-from shimv2.guest_network import interface, neighbours, net_device, routes
+from shimv2.guest_network import device_id, emptied, interface, neighbours, net_device, routes
 
 if TYPE_CHECKING:
     from agent_proto.client import AgentClient
+    from hypervisors.machine import Device, GuestAddress, NetDevice
     from netns.model import Endpoint, Statistics
     from netns.network import Attached, PodNetwork, UndoRecord
     from shimv2.config import RuntimeConfig
     from shimv2.journal import Entry, Journal
 
-Attach = Callable[[NetDevice], Awaitable[GuestAddress]]
 Tell = Callable[[str], None]
+
+
+class Machine(Protocol):
+    """What can be plugged into a running machine, and out of it."""
+
+    async def attach(self, device: Device) -> GuestAddress: ...
+    async def detach(self, device_id: str) -> None: ...
 
 
 def namespace_path(spec: dict[str, Any]) -> Path | None:
@@ -61,6 +67,7 @@ class SandboxNetwork:
         self._pod: PodNetwork | None = None
         self._vhost_fds: list[int] = []
         self._has_vhost = False
+        self.is_late = False  # what is in the namespace at Start has come since Create
         self._working = trio.Lock()  # `wire`, a change and the end come from tasks of their own
         self._life = trio.CancelScope()  # of `follow`
         self._is_closed = False
@@ -91,6 +98,11 @@ class SandboxNetwork:
     def has_namespace(self) -> bool:
         """Tell whether the pod has a network namespace, in which interfaces are or may come."""
         return self._pod is not None
+
+    @property
+    def namespace_fd(self) -> int | None:
+        """The namespace itself, open until `aclose`; None without one."""
+        return self._pod.namespace_fd if self._pod is not None else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -126,36 +138,48 @@ class SandboxNetwork:
         """
         for endpoint in self.endpoints:
             await agent.update_interface(interface(endpoint))
-        await self._configure_tables(agent)
+        if self.endpoints:
+            await self._configure_tables(agent)
 
-    async def follow(self, agent: AgentClient, attach: Attach, tell: Tell) -> None:
-        """Give the guest what comes to the pod's network later; runs until `aclose`.
+    async def follow(self, agent: AgentClient, vm: Machine, tell: Tell) -> None:
+        """Give the guest what comes to the pod's network later, take what leaves; until `aclose`.
 
         A change that can't be carried over is told, and the next one waited for: the pod lives on.
         """
         if self._pod is None:
             return
-        from netns.errors import NetnsError
-
         with self._life:
             while not self._is_closed:
                 await self._pod.wait_changed()
-                try:
-                    async with self._working:
-                        await self._carry_over(self._pod, agent, attach)
-                except (NetnsError, HypervisorError, AgentError) as error:
-                    tell(f"a change of the pod's network did not reach the guest: {error}")
+                await self.catch_up(agent, vm, tell)
 
-    async def _carry_over(self, pod: PodNetwork, agent: AgentClient, attach: Attach) -> None:
+    async def catch_up(self, agent: AgentClient, vm: Machine, tell: Tell) -> None:
+        """Give the guest what is there by now, as `follow` does."""
+        if self._pod is None:
+            return
+        from netns.errors import NetnsError
+
+        try:
+            async with self._working:
+                await self._carry_over(self._pod, agent, vm, tell)
+        except (NetnsError, HypervisorError, AgentError) as error:
+            tell(f"the pod's network did not reach the guest: {error}")
+
+    async def _carry_over(
+        self, pod: PodNetwork, agent: AgentClient, vm: Machine, tell: Tell
+    ) -> None:
         before = {endpoint.ifindex: endpoint for endpoint in self.endpoints}
         added = await pod.rescan()
         if tuple(before.values()) == self.endpoints:
             return  # a carrier that came or went, say: the guest's routes need no replacing
+        # First: one that left and came back has its old name in the guest.
+        for endpoint in pod.drop_gone():
+            await _take_away(endpoint, agent, vm, tell)
         pci_paths: dict[int, str] = {}
         try:
             await pod.wire()
             for each in added:
-                address = await attach(self._device(each))
+                address = await vm.attach(self._device(each))
                 pci_paths[each.attachment.endpoint.ifindex] = address.pci_path
         finally:
             self.vmm_started()
@@ -182,8 +206,6 @@ class SandboxNetwork:
             return problems
 
     async def _configure_tables(self, agent: AgentClient) -> None:
-        if not self.endpoints:
-            return
         await agent.update_routes(routes(self.endpoints))
         if fixed := neighbours(self.endpoints):
             await agent.add_arp_neighbors(fixed)
@@ -201,3 +223,14 @@ class SandboxNetwork:
         self._entry = self._journal.take("network", **record._asdict())
         if old is not None:
             self._journal.release(old)
+
+
+async def _take_away(endpoint: Endpoint, agent: AgentClient, vm: Machine, tell: Tell) -> None:
+    """Unplug the device of an interface that has left; one from the launch stays, without use."""
+    try:
+        await vm.detach(device_id(endpoint))
+    except KeyError:
+        await agent.update_interface(emptied(endpoint))
+    except HypervisorError as error:
+        tell(f"network interface {endpoint.name} left, its device is still there: {error}")
+        await agent.update_interface(emptied(endpoint))

@@ -87,6 +87,7 @@ def _v2_memory(memory: cgroups_v2_pb2.MemoryStat, stats: agent_pb2.MemoryStats) 
 
 def _v2_io(io: cgroups_v2_pb2.IOStat, stats: agent_pb2.BlkioStats) -> None:
     """One entry a device: the agent lists bytes and operations by device and kind."""
+    io.SetInParent()
     found: dict[tuple[int, int], dict[str, int]] = {}
     for entries, suffix in (
         (stats.io_service_bytes_recursive, "bytes"),
@@ -120,6 +121,7 @@ def _v1(stats: agent_pb2.StatsContainerResponse) -> cgroups_v1_pb2.Metrics:
     message.cpu.throttling.throttled_time = throttling.throttled_time
     _v1_memory(message.memory, cgroup.memory_stats)
     message.memory_oom_control.oom_kill = cgroup.memory_stats.stats.get("oom_kill", 0)
+    message.blkio.SetInParent()  # nerdctl looks into it without asking whether it is there
     for target, entries in (
         (message.blkio.io_service_bytes_recursive, cgroup.blkio_stats.io_service_bytes_recursive),
         (message.blkio.io_serviced_recursive, cgroup.blkio_stats.io_serviced_recursive),

@@ -82,14 +82,26 @@ def network(fields: Mapping[str, str | int]) -> Outcome:
     return undo_recorded(fields)
 
 
+def poststop(fields: Mapping[str, str | int]) -> Outcome:
+    """Run the poststop hooks of a container that a shim left, unless they have been run.
+
+    Not for a running event loop: a living shim runs them itself, at Delete.
+    """
+    from shimv2.host_hooks import run_recorded
+
+    return run_recorded(str(fields["path"]))
+
+
 UNDO: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {
     "process": process,
+    "hook": process,
     "mount": mount,
     "directory": directory,
     "socket": socket,
     "file": file,
     "cgroup": cgroup,
     "network": network,
+    "poststop": poststop,
 }
 """Kind -> undo. A package with resources of another kind adds its own before it takes the first."""
 

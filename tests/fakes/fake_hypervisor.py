@@ -143,6 +143,7 @@ class FakeHypervisor:
     max_vcpus: int = 255
     hybrid_vsock: bool = False
     machines: list[FakeMachine] = field(default_factory=list)
+    namespaces: list[int] = field(default_factory=list)  # inodes, of those given one
     helpers: list[FakeHelper] = field(default_factory=list)
 
     def capabilities(self, spec: MachineSpec) -> Capabilities:
@@ -173,6 +174,8 @@ class FakeHypervisor:
         if self.launch_error is not None:
             raise self.launch_error
         record(ChildRecord(name="fake-vmm", pid=FAKE_PID, start_time=1))
+        if spec.network_namespace is not None:
+            self.namespaces.append(os.fstat(spec.network_namespace).st_ino)
         machine = FakeMachine(spec, self.on_exit)
         self.machines.append(machine)
         if self.on_launch is not None:

@@ -89,7 +89,7 @@ def test_a_shared_process_namespace_is_asked_of_the_agent() -> None:
     assert not made(config).Linux.Namespaces
 
 
-def test_hooks_never_reach_the_guest() -> None:
+def test_hooks_of_the_host_never_reach_the_guest() -> None:
     assert not made(spec(hooks={"prestart": [{"path": "/bin/hook"}]})).HasField("Hooks")
 
 

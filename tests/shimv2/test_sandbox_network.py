@@ -12,7 +12,7 @@ import trio.testing
 
 from hypervisors.errors import HypervisorError
 from hypervisors.machine import GuestAddress, NetDevice
-from netns.errors import HostNamespace
+from netns.errors import HostNamespace, UnsupportedLink
 from shimv2.config import RuntimeConfig
 from shimv2.errors import FailedPrecondition
 from shimv2.journal import Journal, read, replay
@@ -44,6 +44,23 @@ def pod(holder, outside):
     holder.run(POD.format(outside=outside.pid))
     outside.run(OUTSIDE)
     return holder
+
+
+class Vmm:
+    """Takes devices and gives them back."""
+
+    def __init__(self, refusal: HypervisorError | None = None) -> None:
+        self.plugged: dict[str, NetDevice] = {}
+        self.refusal = refusal
+
+    async def attach(self, device: Any) -> GuestAddress:
+        if self.refusal is not None:
+            raise self.refusal
+        self.plugged[device.id] = device
+        return GuestAddress(pci_path="10/00")
+
+    async def detach(self, device_id: str) -> None:
+        del self.plugged[device_id]
 
 
 class Listener:
@@ -152,24 +169,74 @@ class TestWired:
         network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
         await network.wire()
         agent: Any = Listener()
-        attached: list[NetDevice] = []
-
-        async def attach(device: NetDevice) -> GuestAddress:
-            attached.append(device)
-            return GuestAddress(pci_path="10/00")
-
+        vm = Vmm()
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(network.follow, agent, attach, pytest.fail)
+                nursery.start_soon(network.follow, agent, vm, pytest.fail)
                 await trio.testing.wait_all_tasks_blocked()
                 holder.run(POD.format(outside=outside.pid))
                 outside.run(OUTSIDE)
                 await agent.told.wait()
                 nursery.cancel_scope.cancel()
-        assert [device.mac for device in attached] == ["02:00:00:00:00:07"]
+        assert [device.mac for device in vm.plugged.values()] == ["02:00:00:00:00:07"]
         assert agent.interfaces[0].devicePath == "10/00"
         assert await network.aclose() == []
         assert kinds(book) == []
+        book.close()
+
+    async def test_interface_that_leaves_is_unplugged_and_may_come_back(
+        self, tmp_path, holder, outside
+    ):
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
+        agent: Any = Listener()
+        vm = Vmm()
+        for _ in range(2):
+            holder.run(POD.format(outside=outside.pid))
+            outside.run(OUTSIDE)
+            await network.catch_up(agent, vm, pytest.fail)
+            (device,) = vm.plugged.values()
+            assert device.mac == "02:00:00:00:00:07"
+            holder.run("ip link del eth0")
+            await network.catch_up(agent, vm, pytest.fail)
+            assert not vm.plugged
+            assert agent.routes == []
+            assert network.endpoints == ()
+        assert [message.name for message in agent.interfaces] == ["eth0", "eth0"]
+        assert await network.aclose() == []
+        assert kinds(book) == []
+        book.close()
+
+    async def test_interface_of_the_launch_that_leaves_has_no_address_any_more(
+        self, tmp_path, pod, outside
+    ):
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        await network.wire()
+        network.vmm_started()
+        agent: Any = Listener()
+        await network.configure(agent)
+        pod.run("ip link del eth0")
+        await network.catch_up(agent, Vmm(), pytest.fail)
+        before, after = agent.interfaces
+        assert (before.name, before.hwAddr) == ("eth0", after.hwAddr)
+        assert after.name.startswith("left")
+        assert not after.IPAddresses
+        assert agent.routes == []
+        assert await network.aclose() == []
+        book.close()
+
+    async def test_second_machine_for_a_namespace_is_refused(self, tmp_path, pod, outside):
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        await network.wire()
+        with pytest.raises(
+            UnsupportedLink, match="eth0 cannot be given to a virtual machine: another one has it"
+        ):
+            await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        assert await network.aclose() == []
+        again = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        assert await again.aclose() == []
         book.close()
 
     async def test_interface_that_the_vmm_refuses_is_told_and_the_next_change_followed(
@@ -184,13 +251,11 @@ class TestWired:
             said.append(text)
             refused.set()
 
-        async def attach(_: NetDevice) -> GuestAddress:
-            raise HypervisorError("all hot-plug ports are taken")
-
+        vm = Vmm(HypervisorError("all hot-plug ports are taken"))
         agent: Any = Listener()
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(network.follow, agent, attach, tell)
+                nursery.start_soon(network.follow, agent, vm, tell)
                 await trio.testing.wait_all_tasks_blocked()
                 holder.run(POD.format(outside=outside.pid))
                 await refused.wait()
