@@ -9,7 +9,7 @@ import trio
 
 from agent_proto.errors import AgentStatus
 from agent_proto.pb import agent_pb2, oci_pb2
-from tests.guest.agent_process import needs_agent, running_agent, spec
+from tests.guest.agent_process import Guest, needs_agent, running_agent, spec
 from ttrpc import Code
 
 pytestmark = [needs_agent, pytest.mark.root]
@@ -238,3 +238,59 @@ async def test_start_hook_runs_in_the_container_and_its_failure_is_the_starts(
                 agent_pb2.CreateContainerRequest(container_id="c3", OCI=made)
             )
         assert refused.value.code == Code.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("propagation", "shown"),
+    [("shared", "shared:"), ("rshared", "shared:"), ("rslave", ""), ("unbindable", "unbindable")],
+)
+async def test_root_has_the_propagation_that_was_asked_for(
+    tmp_path: Path, propagation: str, shown: str
+) -> None:
+    async with running_agent(tmp_path) as guest:
+        script = "while read -r a b c d point rest; do [ $point = / ] && echo $rest; done"
+        made = spec(guest.rootfs, ["sh", "-c", f"{script} </proc/self/mountinfo"])
+        made.Linux.RootfsPropagation = propagation
+        # Each volume has its own, whatever the root's.
+        made.Mounts.add(
+            destination="/etc", type="bind", source=str(guest.rootfs), options=["rbind", "rshared"]
+        )
+        await _run(guest, made)
+        said = (await guest.output("c1")).decode()
+        assert said
+        assert shown in said
+        assert ("shared:" in said) == (shown == "shared:")
+
+
+async def test_unknown_propagation_is_refused(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        made = spec(guest.rootfs, ["true"])
+        made.Linux.RootfsPropagation = "sideways"
+        with pytest.raises(AgentStatus, match='rootfsPropagation "sideways"'):
+            await _run(guest, made)
+
+
+@pytest.mark.parametrize("directory", ["/closed/work", "/closed/new/er", "/fresh/one"])
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_working_directory_is_made_and_entered_as_root(
+    tmp_path: Path, directory: str, read_only: bool
+) -> None:
+    async with running_agent(tmp_path) as guest:
+        (guest.rootfs / "closed/work").mkdir(parents=True)
+        (guest.rootfs / "closed").chmod(0o700)
+        made = spec(guest.rootfs, ["sh", "-c", "echo $PWD; id -u; touch /x 2>&1"])
+        made.Root.Readonly = read_only
+        made.Process.User.UID = 1000
+        made.Process.Cwd = directory
+        for held in (made.Process.Capabilities.Effective, made.Process.Capabilities.Permitted):
+            del held[:]
+        made.Process.Env.append(f"PWD={directory}")
+        await _run(guest, made)
+        said = await guest.output("c1")
+        assert said.startswith(f"{directory}\n1000\n".encode()), said
+
+
+async def _run(guest: Guest, made: oci_pb2.Spec) -> None:
+    request = agent_pb2.CreateContainerRequest(container_id="c1", exec_id="c1", OCI=made)
+    await guest.client.create_container(request)
+    await guest.client.start_container("c1")

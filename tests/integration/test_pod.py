@@ -163,3 +163,27 @@ def test_pod_survives_a_restart_of_containerd(node: Node, ctr: Ctr, pod: Pod) ->
     after = pod.start("after", "sleep", "1000")
     assert ctr.exec(after, "echo", "new").stdout == "new\n"
     assert len(find_shims(ctr)) == 1
+
+
+def test_shared_process_namespace_is_the_pause_containers(node: Node, ctr: Ctr, pod: Pod) -> None:
+    shared = ["--with-ns", f"pid:/proc/{ctr.pid(pod.sandbox)}/ns/pid"]
+    pod.start("init", "true", options=shared)  # its end is no other's
+    one = pod.start("one", "sleep", "1111", options=shared)
+    two = pod.start("two", "sleep", "2222", options=shared)
+    alone = pod.start("alone", "sleep", "3333")
+    for container in (one, two):
+        seen = ctr.exec(container, "ps", "-o", "pid,args", check=True).stdout
+        assert " 1 /pause" in seen
+        assert "sleep 1111" in seen
+        assert "sleep 2222" in seen
+        assert "sleep 3333" not in seen
+    seen = ctr.exec(alone, "ps", "-o", "pid,args", check=True).stdout
+    assert " 1 sleep 3333" in seen
+    assert "sleep 1111" not in seen
+    # A signal from one container to another, and its end, end nobody else.
+    script = "kill -KILL $(ps -o pid,args | awk '/slee[p] 2222/ {print $1}')"
+    ctr.exec(one, "sh", "-c", script, check=True)
+    with Tasks(node) as tasks:
+        assert tasks.wait(two) == 137
+    assert ctr.status(one) == "RUNNING"
+    assert "sleep 2222" not in ctr.exec(one, "ps", "-o", "pid,args", check=True).stdout

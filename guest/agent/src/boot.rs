@@ -69,10 +69,16 @@ pub fn prepare_machine() -> Result<()> {
 
 /// The initramfs root has no parent mount, and pivot_root refuses such a root. A bind of it, moved
 /// over `/`, has one; containers then start without `--no-pivot` and can't see the agent's root.
+///
+/// The mount below, which the agent was executed from, becomes read-only: until a container's
+/// process executes its program, its /proc/…/exe is the agent's. That the kernel lets nobody write
+/// to a program that runs is no promise (Linux 6.11 did), and a mode or an owner it protects never.
 fn make_root_pivotable() -> io::Result<()> {
     const STAGE: &str = "/.root";
     fs::create_dir_all(STAGE)?;
     mount(Some("/"), STAGE, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    mount(None::<&str>, "/", None::<&str>, read_only, None::<&str>)?;
     chdir(STAGE)?;
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)?;
     chroot(".")?;

@@ -11,6 +11,7 @@ use tokio::sync::{Mutex, oneshot};
 use crate::cgroup::Cgroup;
 use crate::native;
 use crate::pb::grpc;
+use crate::pids::ProcMount;
 use crate::reaper::Exit;
 use crate::status::{Context, Result, Status};
 use crate::stdio::Stdio;
@@ -70,6 +71,8 @@ pub struct Container {
     pub storages: Vec<String>,
     /// The init process as it was asked for: what exec requests leave out is taken from here.
     pub init_spec: grpc::Process,
+    /// For those that join its pid namespace.
+    pub proc: ProcMount,
     /// It has a user namespace.
     pub own_users: bool,
     /// The init process's filter, which every exec process gets as well.

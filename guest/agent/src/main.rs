@@ -25,6 +25,7 @@ mod network;
 mod oom;
 mod overlay;
 mod pb;
+mod pids;
 mod reaper;
 mod rpc_container;
 mod rpc_guest;

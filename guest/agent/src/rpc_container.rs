@@ -12,6 +12,7 @@ use crate::agent::Agent;
 use crate::cgroup::Cgroup;
 use crate::container::{Container, Process, check_id};
 use crate::pb::grpc;
+use crate::pids::{self, ProcMount};
 use crate::rpc_process::refuse_raw_ports;
 use crate::settle::Stage;
 use crate::status::{Code, Context, Result, Status};
@@ -36,6 +37,7 @@ impl Agent {
         match made {
             Ok(container) => {
                 self.oom.watch(&container);
+                self.sandbox.borrow_mut().first_container.get_or_insert(id.clone());
                 self.containers.borrow_mut().insert(id.clone(), container);
                 info!("container {id} created");
                 Ok(())
@@ -61,26 +63,32 @@ impl Agent {
         fs::create_dir_all(bundle).context(|| format!("making {}", bundle.display()))?;
         devices::resolve(&request.devices, &mut spec, self.config.hotplug_timeout).await?;
         let cgroup = Cgroup::of_container(&id);
-        spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow(), request.sandbox_pidns)?;
+        spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow())?;
+        let joins = self.pids_to_join(&spec, request.sandbox_pidns)?;
         if let Some(hooks) = &spec.hooks {
             native::check_hooks(hooks)?;
         }
         let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
         let hook_state = native::hook_state(&id, &bundle.to_string_lossy());
-        let mut waiting = None;
+        let blueprint = native::Blueprint {
+            spec: &spec,
+            hook_state: &hook_state,
+            cgroup: &cgroup,
+            joins: joins.as_ref(),
+            may_be_joined: joins.is_none() && pids::may_be_joined(&spec),
+        };
+        let (mut waiting, mut proc) = (None, None);
         let ((pid, exit), io) = self
             .launch(terminal, async |io| {
-                let made = native::create(&self.reaper, &spec, &hook_state, &cgroup, io).await;
-                made.map(|(launched, held)| {
+                let made = native::create(&self.reaper, &blueprint, io).await;
+                made.map(|(mut launched, held)| {
                     waiting = Some(held);
+                    proc = launched.proc.take();
                     launched
                 })
             })
             .await?;
         let init_spec = spec.process.take().unwrap_or_default();
-        if request.sandbox_pidns {
-            self.sandbox.borrow_mut().share_pid_namespace(pid)?;
-        }
         Ok(Rc::new(Container {
             id,
             waiting: waiting.unwrap_or_default(),
@@ -90,6 +98,7 @@ impl Agent {
             execs: RefCell::default(),
             storages: std::mem::take(storages),
             init_spec,
+            proc: ProcMount::new(proc),
             own_users: native::has_own_users(&spec),
             seccomp: spec.linux.and_then(|linux| linux.seccomp),
             rootfs: PathBuf::from(spec.root.unwrap_or_default().path),
@@ -150,6 +159,7 @@ impl Agent {
         let init = &container.init;
         native::delete(&container.cgroup, init.exit.get().is_none().then_some(init.pid)).await?;
         init.exit.wait().await;
+        container.proc.release();
         self.containers.borrow_mut().remove(id);
         self.release_storages(&container.storages);
         if let Err(error) = fs::remove_dir_all(&container.bundle) {

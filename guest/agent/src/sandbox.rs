@@ -18,7 +18,7 @@ use crate::status::{Code, Context, Result, Status};
 use crate::{boot, info, warn};
 
 /// Namespaces that outlive every container are kept by a mount here.
-const NAMESPACE_DIR: &str = "/run/sandbox-ns";
+pub const NAMESPACE_DIR: &str = "/run/sandbox-ns";
 /// Source: kata agent protocol, "Env/hostname".
 const RESOLV_CONF: &str = "/run/kata-containers/sandbox/resolv.conf";
 /// Source: sethostname(2), HOST_NAME_MAX.
@@ -29,9 +29,8 @@ const POWEROFF_DELAY: Duration = Duration::from_millis(20);
 #[derive(Default)]
 pub struct Sandbox {
     pub id: String,
-    /// Path of the pid namespace that containers share, once there is one.
-    pub pid_namespace: Option<String>,
-    pub shares_pid_namespace: bool,
+    /// The sandbox's own container, whose pid namespace others may share.
+    pub first_container: Option<String>,
     pub guest_hook_path: String,
     has_namespaces: bool,
     storages: Vec<String>,
@@ -53,19 +52,6 @@ impl Sandbox {
     pub fn namespace(&self, kind: &str) -> Option<String> {
         self.has_namespaces.then(|| format!("{NAMESPACE_DIR}/{kind}"))
     }
-
-    /// Keeps the pid namespace of the first container for those that follow.
-    pub fn share_pid_namespace(&mut self, pid: i32) -> Result<()> {
-        if self.pid_namespace.is_some() {
-            return Ok(());
-        }
-        fs::create_dir_all(NAMESPACE_DIR).context(|| NAMESPACE_DIR.to_owned())?;
-        let path = format!("{NAMESPACE_DIR}/pid");
-        bind_file(&format!("/proc/{pid}/ns/pid"), &path)
-            .context(|| format!("keeping the pid namespace at {path}"))?;
-        self.pid_namespace = Some(path);
-        Ok(())
-    }
 }
 
 impl Agent {
@@ -86,7 +72,6 @@ impl Agent {
             let mut sandbox = self.sandbox.borrow_mut();
             sandbox.id = request.sandbox_id;
             sandbox.has_namespaces = true;
-            sandbox.shares_pid_namespace = request.sandbox_pidns;
             sandbox.guest_hook_path = request.guest_hook_path;
         }
         if let Err(error) = write_resolv_conf(&request.dns, self.is_init) {
@@ -156,7 +141,7 @@ fn make_namespaces(hostname: &str) -> Result<()> {
 }
 
 fn drop_namespaces() {
-    for name in ["uts", "ipc", "pid"] {
+    for name in ["uts", "ipc"] {
         let path = format!("{NAMESPACE_DIR}/{name}");
         let _ = umount2(path.as_str(), MntFlags::MNT_DETACH);
         let _ = fs::remove_file(path);

@@ -19,12 +19,7 @@ const PROC_FILES: [&str; 8] =
     ["cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "net/dev"];
 
 /// Makes the spec fit the guest: shared namespaces, its cgroup, mounts that can be allowed.
-pub fn adapt(
-    spec: &mut Spec,
-    cgroup: &Cgroup,
-    sandbox: &Sandbox,
-    sandbox_pidns: bool,
-) -> Result<()> {
+pub fn adapt(spec: &mut Spec, cgroup: &Cgroup, sandbox: &Sandbox) -> Result<()> {
     let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
     if !Path::new(&root.path).is_absolute() {
         return Err(Status::invalid(format!("root path {:?} is not absolute", root.path)));
@@ -44,7 +39,7 @@ pub fn adapt(
     let devices = std::mem::take(&mut linux.devices);
     add_device_rules(&mut linux.resources.get_or_insert_default().devices, &devices);
     linux.devices = devices;
-    adapt_namespaces(&mut linux.namespaces, sandbox, sandbox_pidns);
+    adapt_namespaces(&mut linux.namespaces, sandbox);
     // In the sandbox's namespace the name is set once, by CreateSandbox.
     if sandbox.namespace("uts").is_some() {
         spec.hostname.clear();
@@ -52,9 +47,8 @@ pub fn adapt(
     Ok(())
 }
 
-/// The guest's network is the pod's; IPC and UTS are the sandbox's; pids are the container's own
-/// or those of the sandbox's first container.
-fn adapt_namespaces(namespaces: &mut Vec<LinuxNamespace>, sandbox: &Sandbox, sandbox_pidns: bool) {
+/// The guest's network is the pod's; IPC and UTS are the sandbox's. For pids see `pids`.
+fn adapt_namespaces(namespaces: &mut Vec<LinuxNamespace>, sandbox: &Sandbox) {
     namespaces.retain(|namespace| matches!(namespace.r#type.as_str(), "cgroup" | "user" | "mount"));
     for namespace in namespaces.iter_mut() {
         namespace.path.clear();
@@ -64,7 +58,6 @@ fn adapt_namespaces(namespaces: &mut Vec<LinuxNamespace>, sandbox: &Sandbox, san
     };
     add("ipc", sandbox.namespace("ipc"));
     add("uts", sandbox.namespace("uts"));
-    add("pid", sandbox.pid_namespace.clone().filter(|_| sandbox_pidns));
     if !namespaces.iter().any(|namespace| namespace.r#type == "mount") {
         namespaces.push(LinuxNamespace { r#type: "mount".to_owned(), path: String::new() });
     }

@@ -2,7 +2,15 @@
 //!
 //! It is a copy of the agent inside of a container's namespaces, so it is not dumpable, and closes
 //! everything of the agent's before it does anything else.
+//!
+//! Not being dumpable stops nobody who has CAP_SYS_PTRACE, which a container may have. So nobody
+//! meets the child in a pid namespace before it is harmless: it is the first process of a new one,
+//! or, where others live already, it stays in the agent's until everything else is done, and then
+//! forks the sibling that becomes the program. That one is born with the container's root, with the
+//! program's own user and capabilities, and with no descriptor but its streams and its end of the
+//! conversation.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -12,15 +20,16 @@ use nix::unistd::{
     Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setresgid, setresuid, setsid,
 };
 
+use super::clone;
 use super::credentials::Program;
 use super::hooks;
 use super::rootfs;
 use super::seccomp::Filter;
-use super::sync::from_child;
+use super::sync::{Made, from_child};
 use super::terminal;
-use super::tree::Sources;
+use super::tree::{Sources, Tree};
 use super::users;
-use crate::pb::grpc::{LinuxNamespace, LinuxSeccomp, Process, Spec};
+use crate::pb::grpc::{Hook, LinuxNamespace, LinuxSeccomp, Process, Spec};
 use crate::status::{Context, Result, Status};
 use crate::stdio::ProcessEnds;
 
@@ -30,6 +39,9 @@ pub enum Job<'a> {
         spec: &'a Spec,
         /// What hooks are told.
         hook_state: &'a str,
+        joins: Option<&'a Pids>,
+        /// Others may want to join its pid namespace.
+        may_be_joined: bool,
     },
     Exec {
         process: &'a Process,
@@ -38,6 +50,14 @@ pub enum Job<'a> {
         /// The container has users of its own.
         own_users: bool,
     },
+}
+
+/// The pid namespace of another container that one joins.
+pub struct Pids {
+    /// Its path.
+    pub namespace: String,
+    /// Where a procfs of it is mounted: only a process inside could mount another.
+    pub proc: String,
 }
 
 pub enum Standard<'a> {
@@ -56,16 +76,15 @@ fn namespace<'a>(spec: &'a Spec, kind: &str) -> Option<&'a str> {
 impl Job<'_> {
     /// Namespaces that the child gets new at its birth.
     pub fn clone_flags(&self) -> CloneFlags {
-        let Job::Init { spec, .. } = self else { return CloneFlags::empty() };
+        let Job::Init { spec, joins, .. } = self else { return CloneFlags::empty() };
         let mut flags = CloneFlags::CLONE_NEWNS;
-        if users::has_namespace(spec) {
+        if joins.is_none() {
+            flags |= CloneFlags::CLONE_NEWPID;
+        }
+        if self.users_at_birth() {
             flags |= CloneFlags::CLONE_NEWUSER;
         }
-        for (kind, flag) in [
-            ("pid", CloneFlags::CLONE_NEWPID),
-            ("uts", CloneFlags::CLONE_NEWUTS),
-            ("ipc", CloneFlags::CLONE_NEWIPC),
-        ] {
+        for (kind, flag) in [("uts", CloneFlags::CLONE_NEWUTS), ("ipc", CloneFlags::CLONE_NEWIPC)] {
             if namespace(spec, kind) == Some("") {
                 flags |= flag;
             }
@@ -73,21 +92,41 @@ impl Job<'_> {
         flags
     }
 
+    /// A pid namespace belongs to a user namespace, so both are made together.
+    fn users_at_birth(&self) -> bool {
+        matches!(self, Job::Init { spec, joins: None, .. } if users::has_namespace(spec))
+    }
+
     /// Namespaces of the sandbox that the child can't join once it has users of its own.
     pub fn namespaces_at_birth(&self) -> Vec<(&str, CloneFlags)> {
         match self {
-            Job::Init { spec, .. } if users::has_namespace(spec) => shared_namespaces(spec),
+            Job::Init { spec, .. } if self.users_at_birth() => shared_namespaces(spec),
             _ => Vec::new(),
         }
     }
 
-    /// The existing pid namespace that the child is born into.
-    pub fn pid_namespace(&self, of_pid: Option<i32>) -> Option<String> {
+    /// Others live in the pid namespace.
+    fn needs_sibling(&self) -> bool {
+        matches!(self, Job::Exec { .. } | Job::Init { joins: Some(_), .. })
+    }
+
+    fn process_and_filter(&self) -> (Option<&Process>, Option<&LinuxSeccomp>) {
         match self {
             Job::Init { spec, .. } => {
-                namespace(spec, "pid").filter(|path| !path.is_empty()).map(ToOwned::to_owned)
+                let seccomp = spec.linux.as_ref().and_then(|linux| linux.seccomp.as_ref());
+                (spec.process.as_ref(), seccomp)
             }
-            Job::Exec { .. } => of_pid.map(|pid| format!("/proc/{pid}/ns/pid")),
+            Job::Exec { process, seccomp, .. } => (Some(process), *seccomp),
+        }
+    }
+
+    /// Hooks that are run before the program, and what they are told.
+    fn hooks(&self) -> (&[Hook], &str) {
+        match self {
+            Job::Init { spec, hook_state, .. } => {
+                (spec.hooks.as_ref().map_or(&[], |hooks| &hooks.start_container), hook_state)
+            }
+            Job::Exec { .. } => (&[], ""),
         }
     }
 }
@@ -115,37 +154,65 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
         keep.push(target.as_raw_fd());
     }
     close_others(&mut keep);
-    setsid().context(|| "setsid".to_owned())?;
-    let (process, seccomp) = match job {
-        Job::Init { spec, .. } => {
-            let seccomp = spec.linux.as_ref().and_then(|linux| linux.seccomp.as_ref());
-            (spec.process.as_ref(), seccomp)
-        }
-        Job::Exec { process, seccomp, .. } => (Some(*process), *seccomp),
-    };
+    let (process, seccomp) = job.process_and_filter();
     let filter = seccomp.map(Filter::compile).transpose()?;
     let process = process.ok_or_else(|| Status::invalid("no process"))?;
     set_oom_score(process.oom_score_adj)?;
+    let mut made = Made::default();
     match job {
-        Job::Init { spec, .. } => enter_new(spec, socket)?,
+        Job::Init { spec, joins, may_be_joined, .. } => {
+            made.proc = enter_new(spec, *joins, *may_be_joined, socket)?;
+        }
         Job::Exec { target, own_users, .. } => enter_existing(*target, *own_users)?,
     }
-    let master = match standard {
-        Standard::Terminal => Some(terminal::open(process, matches!(job, Job::Init { .. }))?),
-        Standard::Pipes(_) => None,
-    };
-    let program = Program::find(process)?;
-    from_child::ready(socket, master.as_ref().map(AsFd::as_fd)).context(|| "ready".to_owned())?;
-    drop(master);
-    if from_child::wait_for_go(socket).context(|| "waiting to start".to_owned())? {
-        if let Job::Init { spec, hook_state } = job
-            && let Some(hooks) = &spec.hooks
-        {
-            hooks::run(&hooks.start_container, hook_state)?;
-        }
-        program.execute(filter.as_ref())?;
+    let has_terminal = matches!(standard, Standard::Terminal);
+    if has_terminal {
+        made.terminal = Some(terminal::open(process, matches!(job, Job::Init { .. }))?);
     }
-    Ok(())
+    let program = Program::find(process)?;
+    let (hooks, hook_state) = job.hooks();
+    if hooks.is_empty() {
+        program.prepare(filter.as_ref())?;
+    }
+    let last = Last { program, filter, hooks, hook_state, has_terminal };
+    if job.needs_sibling() {
+        return clone::sibling(|pidfd| {
+            made.sibling = Some(pidfd);
+            if let Err(status) = last.steps(made, socket) {
+                from_child::fail(socket, &status.message);
+            }
+        })
+        .context(|| "making the process in its pid namespace".to_owned());
+    }
+    last.steps(made, socket)
+}
+
+/// What is left to the process that becomes the program.
+struct Last<'a> {
+    program: Program<'a>,
+    filter: Option<Filter>,
+    hooks: &'a [Hook],
+    hook_state: &'a str,
+    has_terminal: bool,
+}
+
+impl Last<'_> {
+    fn steps(self, made: Made, socket: BorrowedFd<'_>) -> Result<()> {
+        from_child::ready(socket, &made).context(|| "ready".to_owned())?;
+        drop(made);
+        setsid().context(|| "setsid".to_owned())?;
+        if self.has_terminal {
+            terminal::take_control()?;
+        }
+        if from_child::wait_for_go(socket).context(|| "waiting to start".to_owned())? {
+            if !self.hooks.is_empty() {
+                hooks::run(self.hooks, self.hook_state)?;
+                self.program.prepare(self.filter.as_ref())?;
+            }
+            self.program.execute(self.filter.as_ref())?;
+        }
+        Ok(())
+    }
 }
 
 /// The agent blocks SIGCHLD, Rust ignores SIGPIPE, and whoever started the agent may have had others
@@ -184,34 +251,52 @@ fn set_oom_score(score: i64) -> Result<()> {
         .context(|| format!("setting oom_score_adj to {score}"))
 }
 
-fn enter_new(spec: &Spec, socket: BorrowedFd<'_>) -> Result<()> {
-    let sources = if users::has_namespace(spec) {
-        // The agent has put the child into the sandbox's namespaces before its birth, and now maps
-        // its users. Sources are opened while files are still passed as the guest's root.
-        from_child::wait_for_go(socket).context(|| "waiting for users".to_owned())?;
-        let sources = Sources::open(spec)?;
+/// Makes and joins the container's namespaces and builds its root; returns a procfs for others.
+fn enter_new(
+    spec: &Spec,
+    joins: Option<&Pids>,
+    may_be_joined: bool,
+    socket: BorrowedFd<'_>,
+) -> Result<Option<OwnedFd>> {
+    let has_users = users::has_namespace(spec);
+    if let Some(pids) = joins {
+        join(&pids.namespace, CloneFlags::CLONE_NEWPID)?; // for what this process forks
+    }
+    if joins.is_some() || !has_users {
+        for (path, kind) in shared_namespaces(spec) {
+            join(path, kind)?;
+        }
+    }
+    if has_users {
+        if joins.is_some() {
+            // Again, because mounts belong to a user namespace as well.
+            let new = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS;
+            unshare(new).context(|| "user namespace".to_owned())?;
+        }
+        from_child::get_users(socket).context(|| "waiting for users".to_owned())?;
+    }
+    // While files are still passed as the guest's root.
+    let sources = Sources::open(spec, joins.map(|pids| pids.proc.as_str()))?;
+    if has_users {
         become_root()?;
-        sources
-    } else {
-        join_shared(spec)?;
-        Sources::open(spec)?
-    };
+    }
     if namespace(spec, "cgroup").is_some() {
         unshare(CloneFlags::CLONE_NEWCGROUP).context(|| "cgroup namespace".to_owned())?;
     }
     if namespace(spec, "uts") == Some("") && !spec.hostname.is_empty() {
         sethostname(&spec.hostname).context(|| "hostname".to_owned())?;
     }
-    rootfs::enter(spec, sources)
+    // While the agent's own can be seen: without one the kernel gives none to other users.
+    let proc = may_be_joined.then(|| Tree::filesystem("proc").map(Tree::into_fd)).transpose();
+    let proc = proc.context(|| "procfs for other containers".to_owned())?;
+    rootfs::enter(spec, sources)?;
+    Ok(proc)
 }
 
-fn join_shared(spec: &Spec) -> Result<()> {
-    for (path, kind) in shared_namespaces(spec) {
-        let what = || format!("joining namespace {path}");
-        let file = std::fs::File::open(path).context(what)?;
-        setns(file, kind).context(what)?;
-    }
-    Ok(())
+fn join(path: &str, kind: CloneFlags) -> Result<()> {
+    let what = || format!("joining namespace {path}");
+    let file = File::open(path).context(what)?;
+    setns(file, kind).context(what)
 }
 
 /// The sandbox's namespaces that the container is to be in.
@@ -230,16 +315,21 @@ fn become_root() -> Result<()> {
     setresuid(uid, uid, uid).context(|| "user 0 of the user namespace".to_owned())
 }
 
-/// The pid namespace is not among these: the child has been born in it.
+/// Joins all of them; the pid namespace is that of the children, as always. The descriptor is closed
+/// with that, so that no child has it.
 fn enter_existing(target: BorrowedFd<'_>, own_users: bool) -> Result<()> {
     let mut all = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWCGROUP
-        | CloneFlags::CLONE_NEWNET;
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWPID;
     if own_users {
         all |= CloneFlags::CLONE_NEWUSER;
     }
     setns(target, all).context(|| "joining the container's namespaces".to_owned())?;
+    // SAFETY: the agent owns this descriptor in its own process, not in this copy of it, where the
+    // owner is never dropped.
+    unsafe { libc::close(target.as_raw_fd()) };
     if own_users { become_root() } else { Ok(()) }
 }

@@ -1,10 +1,11 @@
-//! The fork itself: clone3 into a cgroup, with another pid namespace for the child if wanted.
+//! The forks themselves: clone3 into a cgroup, and into a pid namespace that others live in.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 
 /// Source: clone(2), struct clone_args of version 2 (CLONE_INTO_CGROUP, Linux 5.7).
@@ -25,18 +26,18 @@ struct CloneArguments {
 }
 
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+const CLONE_PIDFD: libc::c_int = 0x1000;
+/// For the last steps before execve, and for hooks.
+const STACK_BYTES: usize = 256 << 10;
 
 /// Forks; 0 in the child. The child is born inside of the cgroup, so it can't outrun its limits.
-pub fn clone_into(flags: CloneFlags, cgroup: Option<BorrowedFd<'_>>) -> io::Result<i32> {
+pub fn clone_into(flags: CloneFlags, cgroup: BorrowedFd<'_>) -> io::Result<i32> {
     let mut arguments = CloneArguments {
-        flags: u64::from(flags.bits().cast_unsigned()),
+        flags: u64::from(flags.bits().cast_unsigned()) | CLONE_INTO_CGROUP,
         exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        cgroup: u64::from(cgroup.as_raw_fd().cast_unsigned()),
         ..CloneArguments::default()
     };
-    if let Some(cgroup) = cgroup {
-        arguments.flags |= CLONE_INTO_CGROUP;
-        arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
-    }
     // SAFETY: without CLONE_VM and a stack of its own this is fork: the child goes on with a copy of
     // this memory. The agent has one thread, so no lock can be held by a thread that is not copied.
     let pid = unsafe {
@@ -46,6 +47,53 @@ pub fn clone_into(flags: CloneFlags, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
     i32::try_from(pid).map_err(io::Error::other)
 }
 
+/// Makes a child of this process's own parent, in the cgroup and the namespaces that this process is
+/// in, and in the pid namespace that it has entered for its children; `run`, which is given the
+/// child's pidfd, is all that the child does. Returns when the child has executed a program or has
+/// ended: until then it has this process's memory and descriptors, as with vfork, because a copy
+/// would cost an exec several milliseconds of an emulated machine.
+pub fn sibling<F: FnOnce(OwnedFd)>(run: F) -> io::Result<()> {
+    struct Birth<F> {
+        run: Option<F>,
+        pidfd: libc::c_int,
+    }
+    extern "C" fn begin<F: FnOnce(OwnedFd)>(birth: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it is the `Birth` below, which lives on while the process that made it waits, and
+        // which that process does not touch again. The descriptor is new, and nobody else's.
+        let (run, pidfd) = unsafe {
+            let birth = &mut *birth.cast::<Birth<F>>();
+            (birth.run.take(), OwnedFd::from_raw_fd(birth.pidfd))
+        };
+        if let Some(run) = run {
+            run(pidfd);
+        }
+        1
+    }
+    let flags = CLONE_PIDFD | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES;
+    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
+    let top = stack.as_mut_ptr_range().end;
+    let birth = &raw mut *Box::new(Birth { run: Some(run), pidfd: -1 });
+    // SAFETY: the child runs `begin` on a stack that nobody else uses, and this thread, the only one
+    // of its process, does not go on before the child has left this memory. The kernel stores the
+    // descriptor where the child then reads it.
+    let made = unsafe {
+        let pidfd = &raw mut (*birth).pidfd;
+        libc::clone(begin::<F>, top.cast(), flags | libc::CLONE_PARENT, birth.cast(), pidfd)
+    };
+    Errno::result(made).map(drop).map_err(io::Error::from)
+}
+
+/// The process of a pidfd; none if it has ended, reaped or not.
+pub fn living_process(pidfd: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+    let mut ended = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    if poll(&mut ended, PollTimeout::ZERO)? > 0 {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"));
+    Ok(pid.and_then(|pid| pid.trim().parse().ok()).filter(|pid| *pid > 0))
+}
+
 /// Runs `make` so that its child is born in these namespaces. The agent steps back out of them; in
 /// the child that fails, because namespaces above its own can't be entered, nor need it be.
 pub fn in_namespaces<T>(
@@ -53,13 +101,7 @@ pub fn in_namespaces<T>(
     make: impl FnOnce() -> io::Result<T>,
 ) -> io::Result<T> {
     let Some(((path, kind), rest)) = wanted.split_first() else { return make() };
-    let name = if kind.contains(CloneFlags::CLONE_NEWPID) {
-        "pid"
-    } else if kind.contains(CloneFlags::CLONE_NEWIPC) {
-        "ipc"
-    } else {
-        "uts"
-    };
+    let name = if kind.contains(CloneFlags::CLONE_NEWIPC) { "ipc" } else { "uts" };
     let own = File::open(format!("/proc/self/ns/{name}"))?;
     let target = File::open(path)?;
     setns(target.as_fd(), *kind)?;

@@ -13,56 +13,11 @@ use nix::unistd::{
     AccessFlags, Gid, Uid, chdir, eaccess, execve, fchown, getcwd, setgroups, setresgid, setresuid,
 };
 
+use super::capabilities::{Masks, SYS_ADMIN};
 use super::seccomp::Filter;
-use crate::pb::grpc::{LinuxCapabilities, Process};
+use crate::pb::grpc::Process;
 use crate::status::{Context, Result, Status};
 
-/// Source: linux/capability.h, by number.
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-/// Source: linux/capability.h, _LINUX_CAPABILITY_VERSION_3.
-const CAPABILITY_VERSION: u32 = 0x2008_0522;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Everything that execve needs, found while errors can still be told at creation.
@@ -71,6 +26,7 @@ pub struct Program<'a> {
     path: CString,
     arguments: Vec<CString>,
     environment: Vec<CString>,
+    capabilities: Masks,
 }
 
 impl<'a> Program<'a> {
@@ -90,26 +46,40 @@ impl<'a> Program<'a> {
             path: CString::new(path).context(|| "program".to_owned())?,
             arguments: process.args.iter().map(text).collect::<Result<_>>()?,
             environment,
+            capabilities: Masks::from(&process.capabilities.clone().unwrap_or_default())?,
         })
     }
 
-    /// Becomes the program; returns only an error.
-    pub fn execute(self, filter: Option<&Filter>) -> Result<()> {
+    /// Takes on everything of the program's that can be had before its execution: its directory,
+    /// user and capabilities. What a filter takes to be loaded stays until `execute`.
+    pub fn prepare(&self, filter: Option<&Filter>) -> Result<()> {
         let process = self.process;
         give_streams(process);
-        // Without no_new_privs only a privileged process may load a filter, so it comes first and
-        // must allow the steps that follow; with it, the filter comes last.
-        let (early, late) = if process.no_new_privileges { (None, filter) } else { (filter, None) };
-        if let Some(filter) = early {
-            filter.enforce()?;
+        let entered = enter_directory(&process.cwd);
+        let more = self.kept_for(filter);
+        become_user(process, &self.capabilities, more)?;
+        if entered.is_err() {
+            // A file system that does not serve the agent's root may serve the user.
+            go_into(&process.cwd).or(entered)?;
         }
-        become_user(process)?;
-        enter_directory(&process.cwd)?;
         if process.no_new_privileges {
             set_no_new_privs().context(|| "no_new_privs".to_owned())?;
         }
-        if let Some(filter) = late {
+        Ok(())
+    }
+
+    /// Without no_new_privs only a privileged process may load a filter.
+    fn kept_for(&self, filter: Option<&Filter>) -> u64 {
+        if filter.is_some() && !self.process.no_new_privileges { SYS_ADMIN } else { 0 }
+    }
+
+    /// Becomes the program; returns only an error. A filter must allow what follows it.
+    pub fn execute(self, filter: Option<&Filter>) -> Result<()> {
+        if let Some(filter) = filter {
             filter.enforce()?;
+        }
+        if self.kept_for(filter) != 0 {
+            self.capabilities.set(0)?;
         }
         let Err(error) = execve(&self.path, &self.arguments, &self.environment);
         Err(Status::internal(format!("exec {:?}: {}", self.path, error.desc())))
@@ -184,17 +154,9 @@ fn give_streams(process: &Process) {
     }
 }
 
-fn become_user(process: &Process) -> Result<()> {
+fn become_user(process: &Process, capabilities: &Masks, more: u64) -> Result<()> {
     let user = process.user.clone().unwrap_or_default();
-    let sets = process.capabilities.clone().unwrap_or_default();
-    let masks = Masks::from(&sets)?;
-    for number in 0..=last_capability() {
-        if masks.bounding & (1 << number) == 0 {
-            // SAFETY: PR_CAPBSET_DROP takes numbers.
-            let result = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) };
-            Errno::result(result).context(|| format!("dropping capability {number}"))?;
-        }
-    }
+    capabilities.bound()?;
     let groups: Vec<Gid> = user.additional_gids.iter().map(|gid| Gid::from_raw(*gid)).collect();
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     set_keepcaps(true).context(|| "keepcaps".to_owned())?;
@@ -202,82 +164,22 @@ fn become_user(process: &Process) -> Result<()> {
     setresgid(gid, gid, gid).context(|| format!("becoming group {gid}"))?;
     setresuid(uid, uid, uid).context(|| format!("becoming user {uid}"))?;
     set_keepcaps(false).context(|| "keepcaps".to_owned())?;
-    masks.apply()
+    capabilities.apply(more)
 }
 
-/// Bits of the five sets.
-struct Masks {
-    bounding: u64,
-    effective: u64,
-    permitted: u64,
-    inheritable: u64,
-    ambient: u64,
-}
-
-impl Masks {
-    fn from(sets: &LinuxCapabilities) -> Result<Self> {
-        Ok(Self {
-            bounding: mask(&sets.bounding)?,
-            effective: mask(&sets.effective)?,
-            permitted: mask(&sets.permitted)?,
-            inheritable: mask(&sets.inheritable)?,
-            ambient: mask(&sets.ambient)?,
-        })
-    }
-
-    fn apply(&self) -> Result<()> {
-        let header = [CAPABILITY_VERSION, 0];
-        let low = |mask: u64| u32::try_from(mask & 0xffff_ffff).unwrap_or(0);
-        let high = |mask: u64| u32::try_from(mask >> 32).unwrap_or(0);
-        let data = [
-            low(self.effective),
-            low(self.permitted),
-            low(self.inheritable),
-            high(self.effective),
-            high(self.permitted),
-            high(self.inheritable),
-        ];
-        // SAFETY: capset reads a header of two words and two triples of words; both are valid for
-        // the call. Source: capset(2), version 3.
-        let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) };
-        Errno::result(result).context(|| "setting capabilities".to_owned())?;
-        for number in (0..64).filter(|number| self.ambient & (1 << number) != 0) {
-            // SAFETY: PR_CAP_AMBIENT takes numbers.
-            let result = unsafe {
-                libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, number, 0, 0)
-            };
-            Errno::result(result).context(|| format!("ambient capability {number}"))?;
-        }
-        Ok(())
-    }
-}
-
-fn mask(names: &[String]) -> Result<u64> {
-    let last = last_capability();
-    names.iter().try_fold(0, |mask, name| {
-        let short = name.strip_prefix("CAP_").unwrap_or(name);
-        let number = CAPABILITIES.iter().position(|known| known.eq_ignore_ascii_case(short));
-        let number = number.ok_or_else(|| Status::invalid(format!("capability {name:?}")))?;
-        // One that this kernel does not know can't be given.
-        Ok(if number <= last { mask | 1 << number } else { mask })
-    })
-}
-
-/// The kernel's last capability.
-fn last_capability() -> usize {
-    let known = |number: &usize| {
-        // SAFETY: PR_CAPBSET_READ takes a number and fails for one that does not exist.
-        unsafe { libc::prctl(libc::PR_CAPBSET_READ, *number, 0, 0, 0) >= 0 }
-    };
-    (0..64).take_while(known).last().unwrap_or(0)
-}
-
+/// Makes the directory if there is none, and enters it: as root, because the user may be allowed
+/// neither, and yet be allowed to work there.
 fn enter_directory(cwd: &str) -> Result<()> {
-    let cwd = if cwd.is_empty() { "/" } else { cwd };
-    let what = || format!("working directory {cwd}");
-    if let Err(Errno::ENOENT) = chdir(cwd) {
+    if !cwd.is_empty() && chdir(cwd) == Err(Errno::ENOENT) {
+        let what = || format!("working directory {cwd}");
         fs::DirBuilder::new().recursive(true).mode(0o755).create(cwd).context(what)?;
     }
+    go_into(cwd)
+}
+
+fn go_into(cwd: &str) -> Result<()> {
+    let cwd = if cwd.is_empty() { "/" } else { cwd };
+    let what = || format!("working directory {cwd}");
     chdir(cwd).context(what)?;
     // A directory outside of the root has no path.
     let path = getcwd().context(what)?;
@@ -287,13 +189,6 @@ fn enter_directory(cwd: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn capabilities_are_numbered_as_the_kernel_numbers_them() {
-        assert_eq!(mask(&["CAP_CHOWN".into(), "CAP_KILL".into()]).unwrap(), 1 | 1 << 5);
-        assert_eq!(mask(&["CAP_SYS_ADMIN".into()]).unwrap(), 1 << 21);
-        assert!(mask(&["CAP_NO_SUCH".into()]).is_err());
-    }
 
     #[test]
     fn program_is_found_by_path_or_refused_with_a_reason() {

@@ -10,7 +10,11 @@
 //! start ────────────── go ────> credentials, execve
 //! start answers  <──── EOF ──── or an error text
 //! ```
+//!
+//! In a pid namespace that has processes already the child forks the program's process last of all,
+//! for the reason that `child` gives.
 
+mod capabilities;
 mod child;
 mod clone;
 mod credentials;
@@ -31,8 +35,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use nix::sched::CloneFlags;
-
 use crate::cgroup::Cgroup;
 use crate::io::Pollable;
 use crate::pb::grpc::{LinuxSeccomp, Process, Spec};
@@ -41,6 +43,7 @@ use crate::status::{Code, Context, Result, Status};
 use crate::stdio::ProcessEnds;
 
 use self::child::{Job, Standard};
+use self::sync::Made;
 
 /// From the fork to the program; an emulated guest on a loaded host needs a second.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -58,31 +61,44 @@ pub struct Launched {
     pub pid: i32,
     pub exit: Rc<Exit>,
     pub terminal: Option<Pollable>,
+    /// A procfs of its pid namespace, if others may join that.
+    pub proc: Option<OwnedFd>,
 }
 
 /// A container that has not been told to go yet holds its end of the conversation.
 #[derive(Default)]
 pub struct Waiting(RefCell<Option<Pollable>>);
 
+pub use self::child::Pids;
 pub use self::hooks::{check as check_hooks, state as hook_state};
 pub use self::users::has_namespace as has_own_users;
+
+/// What a container is made of.
+pub struct Blueprint<'a> {
+    pub spec: &'a Spec,
+    pub hook_state: &'a str,
+    pub cgroup: &'a Cgroup,
+    /// The pid namespace that it joins instead of having its own.
+    pub joins: Option<&'a Pids>,
+    /// Others may want to join its own.
+    pub may_be_joined: bool,
+}
 
 /// Makes the container, stopped before its program.
 pub async fn create(
     reaper: &Reaper,
-    spec: &Spec,
-    hook_state: &str,
-    cgroup: &Cgroup,
+    blueprint: &Blueprint<'_>,
     io: ProcessIo,
 ) -> Result<(Launched, Waiting)> {
+    let &Blueprint { spec, hook_state, cgroup, joins, may_be_joined } = blueprint;
     let directory = cgroup.create().context(|| format!("cgroup {}", cgroup.path.display()))?;
     let resources = spec.linux.as_ref().and_then(|linux| linux.resources.as_ref());
     if let Some(resources) = resources {
         limits::apply(cgroup, resources)?;
     }
     devices::restrict(directory.as_fd(), resources)?;
-    let job = Job::Init { spec, hook_state };
-    let (launched, socket) = launch(reaper, job, io, Some(directory), None).await?;
+    let job = Job::Init { spec, hook_state, joins, may_be_joined };
+    let (launched, socket) = launch(reaper, job, io, directory).await?;
     if let Some(process) = &spec.process {
         users::set_limits(launched.pid, &process.rlimits)?;
     }
@@ -95,6 +111,12 @@ pub fn warm_up() {
     if let Err(status) = devices::prepare(&resources) {
         crate::warn!("{status}");
     }
+}
+
+/// Mounts what a child has made somewhere.
+pub fn place_mount(mount: &OwnedFd, path: &str) -> std::io::Result<()> {
+    let place = File::open(path)?;
+    Ok(tree::place(mount.as_fd(), place.as_fd())?)
 }
 
 /// Lets the program begin; an answer means that it has been executed.
@@ -126,10 +148,9 @@ pub async fn exec(
         .context(|| "the container's init has ended; its namespaces can't be joined".to_owned())?;
     // Without it there would be neither limits nor the filter of devices.
     let directory = File::open(&cgroup.path).context(|| "the container's cgroup".to_owned())?;
-    let directory = Some(OwnedFd::from(directory));
     let own_users = init.own_users;
     let job = Job::Exec { process, seccomp, target: target.as_fd(), own_users };
-    let (launched, socket) = launch(reaper, job, io, directory, Some(init.pid)).await?;
+    let (launched, socket) = launch(reaper, job, io, directory.into()).await?;
     users::set_limits(launched.pid, &process.rlimits)?;
     sync::tell(&socket).await.context(|| "telling the process to start".to_owned())?;
     let executed = within_deadline(sync::executed(&socket)).await;
@@ -146,8 +167,7 @@ async fn launch(
     reaper: &Reaper,
     job: Job<'_>,
     io: ProcessIo,
-    cgroup: Option<OwnedFd>,
-    pid_namespace_of: Option<i32>,
+    cgroup: OwnedFd,
 ) -> Result<(Launched, Pollable)> {
     let (ours, theirs) = sync::pair().context(|| "socket pair".to_owned())?;
     let standard = match &io {
@@ -155,13 +175,8 @@ async fn launch(
         ProcessIo::Terminal => Standard::Terminal,
     };
     let flags = job.clone_flags();
-    let pid_namespace = job.pid_namespace(pid_namespace_of);
-    let mut namespaces = job.namespaces_at_birth();
-    if let Some(path) = &pid_namespace {
-        namespaces.push((path, CloneFlags::CLONE_NEWPID));
-    }
-    let cloned = clone::in_namespaces(&namespaces, || {
-        clone::clone_into(flags, cgroup.as_ref().map(AsFd::as_fd))
+    let cloned = clone::in_namespaces(&job.namespaces_at_birth(), || {
+        clone::clone_into(flags, cgroup.as_fd())
     });
     let pid = match cloned.context(|| "making a process".to_owned())? {
         0 => child::run(&job, &standard, theirs),
@@ -177,11 +192,7 @@ async fn launch(
         Err(status) => Err(status),
     };
     match ready {
-        Ok(master) => {
-            let terminal = master.map(Pollable::new).transpose();
-            let terminal = terminal.context(|| "tty".to_owned())?;
-            Ok((Launched { pid, exit, terminal }, socket))
-        }
+        Ok(made) => Ok((adopt(reaper, made, pid, exit)?, socket)),
         Err(status) => {
             clone::kill(pid);
             exit.wait().await;
@@ -190,12 +201,31 @@ async fn launch(
     }
 }
 
+/// Makes the process that becomes the program known: the child, or its sibling.
+fn adopt(reaper: &Reaper, made: Made, pid: i32, exit: Rc<Exit>) -> Result<Launched> {
+    let (pid, exit) = match made.sibling {
+        None => (pid, exit),
+        Some(sibling) => {
+            let pid = clone::living_process(sibling.as_fd());
+            let pid =
+                pid.context(|| "looking for the new process".to_owned())?.ok_or_else(|| {
+                    Status::internal("the new process ended before its program began")
+                })?;
+            // It has not been reaped since: the reaper has no turn before this ends.
+            (pid, reaper.claim(pid))
+        }
+    };
+    let terminal = made.terminal.map(Pollable::new).transpose().context(|| "tty".to_owned())?;
+    Ok(Launched { pid, exit, terminal, proc: made.proc })
+}
+
 /// Maps the users of a container that has its own, and lets its child go on.
 async fn prepare_users(job: &Job<'_>, io: &ProcessIo, pid: i32, socket: &Pollable) -> Result<()> {
     let Job::Init { spec, .. } = job else { return Ok(()) };
     if !users::has_namespace(spec) {
         return Ok(());
     }
+    within_deadline(sync::needs_users(socket)).await?;
     users::map(pid, spec)?;
     if let (ProcessIo::Pipes(ends), Some(process)) = (io, &spec.process) {
         users::give_streams(ends, process, spec);

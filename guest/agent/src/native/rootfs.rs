@@ -32,8 +32,9 @@ pub fn enter(spec: &Spec, sources: Sources) -> Result<()> {
     let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
     let default = Linux::default();
     let linux = spec.linux.as_ref().unwrap_or(&default);
-    let propagation = propagation(&linux.rootfs_propagation);
-    change("/", propagation | MsFlags::MS_REC).context(|| "propagation of /".to_owned())?;
+    // Nothing made here may reach the agent's mounts, and pivot_root takes no shared ones; what the
+    // spec asks for is set when the root is the container's.
+    change("/", MsFlags::MS_SLAVE | MsFlags::MS_REC).context(|| "propagation of /".to_owned())?;
     let what = || format!("root filesystem {}", root.path);
     // The container's root is put over the agent's, so that it has a parent as pivot_root wants it.
     let over = nix::fcntl::open("/", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
@@ -56,7 +57,14 @@ pub fn enter(spec: &Spec, sources: Sources) -> Result<()> {
     for path in &linux.masked_paths {
         mask(root_fd, path).context(|| format!("hiding {path}"))?;
     }
+    let directory = spec.process.as_ref().map_or("/", |process| process.cwd.as_str());
+    if root.readonly {
+        // Now or never. Where it can't be made the program's directory is missing, which is told.
+        let _ = ensure(root_fd, Path::new(directory), true);
+    }
     pivot(root_fd).context(|| "pivot_root".to_owned())?;
+    let propagation = propagation(&linux.rootfs_propagation)?;
+    change("/", propagation).context(|| "rootfsPropagation".to_owned())?;
     if root.readonly {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/", None::<&str>, flags | kept_flags("/"), None::<&str>)
@@ -65,12 +73,16 @@ pub fn enter(spec: &Spec, sources: Sources) -> Result<()> {
     Ok(())
 }
 
-fn propagation(name: &str) -> MsFlags {
-    match name {
-        "shared" | "rshared" => MsFlags::MS_SHARED,
-        "private" | "rprivate" => MsFlags::MS_PRIVATE,
-        "unbindable" | "runbindable" => MsFlags::MS_UNBINDABLE,
-        _ => MsFlags::MS_SLAVE,
+/// Of the root alone: what is mounted below has been given its own, and what will be takes the
+/// root's. Source: OCI runtime-spec config-linux.md "Rootfs Mount Propagation"; runc for the names
+/// with r.
+fn propagation(name: &str) -> Result<MsFlags> {
+    match name.strip_prefix('r').unwrap_or(name) {
+        "shared" => Ok(MsFlags::MS_SHARED),
+        "private" => Ok(MsFlags::MS_PRIVATE),
+        "unbindable" => Ok(MsFlags::MS_UNBINDABLE),
+        "slave" | "" => Ok(MsFlags::MS_SLAVE),
+        _ => Err(Status::invalid(format!("rootfsPropagation {name:?}"))),
     }
 }
 

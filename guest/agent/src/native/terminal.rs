@@ -1,17 +1,17 @@
 //! A pseudo terminal inside of the container, as the standard streams of its process.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use nix::unistd::{Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchown};
 
+use super::tree::Tree;
 use crate::pb::grpc::Process;
 use crate::status::{Context, Result};
 
-/// Makes the terminal, puts it on 0, 1 and 2 as the controlling one, and returns its master.
+/// Makes the terminal, puts it on 0, 1 and 2, and returns its master.
 pub fn open(process: &Process, is_init: bool) -> Result<OwnedFd> {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     let master = self::master(flags).context(|| "opening /dev/pts/ptmx".to_owned())?;
@@ -29,10 +29,15 @@ pub fn open(process: &Process, is_init: bool) -> Result<OwnedFd> {
     dup2_stdin(&slave).context(|| "stdin".to_owned())?;
     dup2_stdout(&slave).context(|| "stdout".to_owned())?;
     dup2_stderr(&slave).context(|| "stderr".to_owned())?;
-    // SAFETY: TIOCSCTTY takes a number; 0 is the standard input that was just set.
+    Ok(master)
+}
+
+/// Makes the terminal on the standard input the controlling one of this session.
+pub fn take_control() -> Result<()> {
+    // SAFETY: TIOCSCTTY takes a number; 0 is the standard input, which stays open.
     let result = unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) };
     Errno::result(result).context(|| "controlling tty".to_owned())?;
-    Ok(master)
+    Ok(())
 }
 
 fn master(flags: OFlag) -> nix::Result<OwnedFd> {
@@ -54,11 +59,14 @@ fn slave(master: &OwnedFd, flags: OFlag) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn bind_console(slave: &OwnedFd) -> nix::Result<()> {
+/// By descriptors: /proc does not always know this process.
+fn bind_console(slave: &OwnedFd) -> std::io::Result<()> {
     let flags = OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_RDONLY;
     drop(nix::fcntl::open("/dev/console", flags, Mode::from_bits_truncate(0o600))?);
-    let source = format!("/proc/self/fd/{}", slave.as_raw_fd());
-    mount(Some(source.as_str()), "/dev/console", None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    let place = nix::fcntl::open("/dev/console", flags, Mode::empty())?;
+    Tree::of(slave.as_fd())?.place(place.as_fd())?;
+    Ok(())
 }
 
 fn resize(master: &OwnedFd, rows: u32, columns: u32) {

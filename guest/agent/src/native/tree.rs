@@ -4,12 +4,12 @@
 //! put in place by descriptor, so that no path of the container's decides where.
 //! Source: open_tree(2), move_mount(2).
 
-use std::ffi::CString;
-use std::fs;
+use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::sys::stat::fstat;
 
 use super::rootfs::is_bind;
 use crate::mount_options::Below;
@@ -24,17 +24,22 @@ pub struct Tree {
 
 impl Tree {
     pub fn open(path: &str, recursive: bool) -> io::Result<Self> {
-        let name = CString::new(path)?;
-        let mut flags = libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned();
-        if recursive {
-            flags |= libc::AT_RECURSIVE.cast_unsigned();
-        }
+        let flags = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+        Self::copy(libc::AT_FDCWD, &CString::new(path)?, flags)
+    }
+
+    /// The mount of an open file, with that file as its root.
+    pub fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::copy(fd.as_raw_fd(), c"", libc::AT_EMPTY_PATH.cast_unsigned())
+    }
+
+    fn copy(directory: RawFd, name: &CStr, flags: libc::c_uint) -> io::Result<Self> {
+        let flags = flags | libc::OPEN_TREE_CLONE | libc::O_CLOEXEC.cast_unsigned();
         // SAFETY: open_tree reads a NUL-terminated string that lives for the call.
-        let fd =
-            unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, name.as_ptr(), flags) };
+        let fd = unsafe { libc::syscall(libc::SYS_open_tree, directory, name.as_ptr(), flags) };
         let fd = owned(fd)?;
-        let is_directory = fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))?.is_dir();
-        Ok(Self { fd, is_directory })
+        let kind = fstat(&fd)?.st_mode & libc::S_IFMT;
+        Ok(Self { fd, is_directory: kind == libc::S_IFDIR })
     }
 
     /// A filesystem without options that has no place yet. Source: fsopen(2), fsmount(2).
@@ -55,16 +60,26 @@ impl Tree {
         Ok(Self { fd, is_directory: true })
     }
 
+    /// The descriptor that holds it, for somebody else to place.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Mounts it on an open file or directory; its descriptor then is the top of that place.
     pub fn place(self, target: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
-        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
-        let (from, to) = (self.fd.as_fd().as_raw_fd(), target.as_raw_fd());
-        let here = c"".as_ptr();
-        // SAFETY: move_mount reads two empty strings and takes two descriptors.
-        let result = unsafe { libc::syscall(libc::SYS_move_mount, from, here, to, here, flags) };
-        Errno::result(result)?;
+        place(self.fd.as_fd(), target)?;
         Ok(self.fd)
     }
+}
+
+/// Mounts what a descriptor holds on an open file or directory.
+pub fn place(tree: BorrowedFd<'_>, target: BorrowedFd<'_>) -> nix::Result<()> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+    let (from, to) = (tree.as_raw_fd(), target.as_raw_fd());
+    let here = c"".as_ptr();
+    // SAFETY: move_mount reads two empty strings and takes two descriptors.
+    let result = unsafe { libc::syscall(libc::SYS_move_mount, from, here, to, here, flags) };
+    Errno::result(result).map(drop)
 }
 
 /// Sets attributes of a mount and of all below it. Source: mount_setattr(2).
@@ -98,21 +113,25 @@ fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
 /// The trees that a spec names.
 pub struct Sources {
     pub root: Tree,
-    /// One for each mount of the spec; none if it is not a bind.
+    /// One for each mount of the spec; none if it is to be made anew.
     pub binds: Vec<Option<Tree>>,
 }
 
 impl Sources {
-    pub fn open(spec: &Spec) -> Result<Self> {
+    /// `proc` is where a procfs of the container's pid namespace is mounted, if that is another's.
+    pub fn open(spec: &Spec, proc: Option<&str>) -> Result<Self> {
         let root = spec.root.as_ref().ok_or_else(|| Status::invalid("the spec has no root"))?;
         let binds = spec.mounts.iter().map(|mount| {
-            if !is_bind(mount) {
-                return Ok(None);
-            }
-            let recursive = mount.options.iter().any(|option| option == "rbind");
-            let tree = Tree::open(&mount.source, recursive);
-            tree.map(Some)
-                .context(|| format!("mount on {}: source {}", mount.destination, mount.source))
+            let (source, recursive) = match proc {
+                _ if is_bind(mount) => {
+                    let recursive = mount.options.iter().any(|option| option == "rbind");
+                    (mount.source.as_str(), recursive)
+                }
+                Some(proc) if mount.r#type == "proc" => (proc, false),
+                _ => return Ok(None),
+            };
+            let tree = Tree::open(source, recursive);
+            tree.map(Some).context(|| format!("mount on {}: source {source}", mount.destination))
         });
         Ok(Self {
             root: Tree::open(&root.path, true)
