@@ -68,8 +68,8 @@ class HybridVsock:
 
     As with `UnixVsock` the host reaches the guest at `uds_path` (`CONNECT <port>`), and the guest
     the host at `<uds_path>_<port>`: such sockets as listen when the machine is launched. The
-    backend puts `uds_path` there, wherever its VMM listens; removing it is the caller's. `cid` is
-    the guest's own number, which nobody else has to know.
+    backend puts `uds_path` there at the launch, wherever its VMM listens, and takes it away at the
+    end. `cid` is the guest's own number, which nobody else has to know.
     """
 
     id: str
@@ -103,7 +103,9 @@ class MachineSpec:
 
     `cmdline` is what the caller wants on the kernel command line; the backend puts its own
     parameters (console, panic, accelerator tuning) in front. `hotplug_ports` is how many devices
-    can be attached at the same time later. `run_dir` is a private directory for the backend.
+    can be attached at the same time later; where images come from elsewhere than /dev, some VMMs
+    must know the directories, `hotplug_dirs`, before. `run_dir` is a private directory for the
+    backend.
     `unprivileged` runs the VMM under a user of its own where the launcher is root.
     `network_namespace` is an open descriptor, the caller's, of the network namespace that the VMM
     runs in; None gives it one of its own with nothing in it.
@@ -123,6 +125,7 @@ class MachineSpec:
     machine_type: str = "q35"
     devices: tuple[Device, ...] = ()
     hotplug_ports: int = 0
+    hotplug_dirs: tuple[Path, ...] = ()
     console_bytes: int = 262144
     unprivileged: bool = True
     network_namespace: int | None = None

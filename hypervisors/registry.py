@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 # An entry point of this group names a callable without arguments that returns a `Hypervisor`.
 ENTRY_POINT_GROUP: Final = "kata.hypervisors"
-BUILT_IN: Final = ("qemu",)
+BUILT_IN: Final = ("cloud-hypervisor", "qemu")
+# How Kata's configuration files call them.
+ALIASES: Final = {"clh": "cloud-hypervisor"}
 
 
 def find_hypervisor(name: str) -> Hypervisor:
@@ -20,10 +22,15 @@ def find_hypervisor(name: str) -> Hypervisor:
     Raises:
         Unsupported: there is none; the hint lists those there are.
     """
+    name = ALIASES.get(name, name)
     if name == "qemu":
         from .qemu import Qemu
 
         return Qemu()
+    if name == "cloud-hypervisor":
+        from .cloud_hypervisor import CloudHypervisor
+
+        return CloudHypervisor()
     # Reading the installed distributions costs tens of milliseconds: only for foreign names.
     from importlib.metadata import entry_points
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,8 +14,7 @@ from hypervisors.machine import MachineSpec, Rng
 from . import scratch_guest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from hypervisors.child import ChildRecord
 
@@ -28,7 +29,18 @@ def initrd(tmp_path_factory):
 
 
 @pytest.fixture
-def make_spec(initrd: Path, tmp_path: Path) -> Callable[..., MachineSpec]:
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An image where a VMM's own user can reach it, which pytest's directories are not."""
+    with tempfile.TemporaryDirectory(prefix="kata-disk-") as name:
+        path = Path(name) / "disk.img"
+        path.write_bytes(bytes(1 << 20))
+        path.parent.chmod(0o755)
+        path.chmod(0o666)
+        yield path
+
+
+@pytest.fixture
+def make_spec(initrd: Path, tmp_path: Path, disk: Path) -> Callable[..., MachineSpec]:
     """A small machine; keyword arguments replace its fields."""
 
     def make(scenario: str = "", **changes) -> MachineSpec:
@@ -45,6 +57,7 @@ def make_spec(initrd: Path, tmp_path: Path) -> Callable[..., MachineSpec]:
             "run_dir": tmp_path,
             "devices": (Rng(),),
             "hotplug_ports": 2,
+            "hotplug_dirs": (disk.parent,),
         }
         return MachineSpec(**(fields | changes))
 

@@ -27,13 +27,27 @@ from hypervisors.errors import (
 from hypervisors.machine import BlockDevice, ExitKind, Rng, SharedDirectory, VmEventKind
 from hypervisors.registry import find_hypervisor
 
+from . import vmms
+
 pytestmark = [pytest.mark.e2e, pytest.mark.root]
-BACKENDS = ["qemu"]
+BACKENDS = ["qemu", "cloud-hypervisor"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
+    if why := vmms.missing(request.param):
+        pytest.skip(why)
     return find_hypervisor(request.param)
+
+
+@pytest.fixture
+def make_spec(backend, make_spec):
+    """As the other tests' one, for this backend's program."""
+
+    def make(*args, **changes):
+        return make_spec(*args, **{"binary": vmms.program_of(backend.name), **changes})
+
+    return make
 
 
 @pytest.fixture
@@ -100,9 +114,7 @@ async def test_exit_is_one_value_for_every_caller_and_the_last_event(
     machine.kill()
 
 
-async def test_ended_machine_refuses_every_verb(backend, make_spec, records, tmp_path):
-    disk = tmp_path / "disk"
-    disk.write_bytes(bytes(4096))
+async def test_ended_machine_refuses_every_verb(backend, make_spec, records, disk):
     async with running(backend, make_spec(), records) as machine:
         machine.kill()
     for verb in (
@@ -180,13 +192,11 @@ async def test_failing_journal_stops_the_launch(backend, make_spec, no_descripto
 
 
 async def test_what_the_specification_left_no_room_for_is_unsupported(
-    backend, make_spec, records, tmp_path
+    backend, make_spec, records, tmp_path, disk
 ):
     spec = make_spec(hotplug_ports=0, max_vcpus=1, max_memory_mib=256)
     can = backend.capabilities(spec)
     assert not any((can.block_hotplug, can.vcpu_hotplug, can.memory_hotplug))
-    disk = tmp_path / "disk"
-    disk.write_bytes(bytes(4096))
     async with running(backend, spec, records) as machine:
         for verb in (
             lambda: machine.attach(BlockDevice(id="d", path=disk, read_only=True)),
@@ -205,12 +215,9 @@ async def test_what_the_specification_left_no_room_for_is_unsupported(
         assert await machine.resize_memory(256) == 256
 
 
-async def test_refused_attach_leaves_no_trace_and_the_name_free(
-    backend, make_spec, records, tmp_path
-):
-    empty, disk = tmp_path / "empty", tmp_path / "disk"
+async def test_refused_attach_leaves_no_trace_and_the_name_free(backend, make_spec, records, disk):
+    empty = disk.with_name("empty")
     empty.touch()
-    disk.write_bytes(bytes(4096))
     async with running(backend, make_spec(hotplug_ports=2), records) as machine:
         # A writable disk that is in use is locked by the VMM itself.
         await machine.attach(BlockDevice(id="first", path=disk, read_only=False))

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
 import os
 import signal
-import socket
-import struct
 import time
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 import trio
@@ -31,35 +24,21 @@ from hypervisors.registry import find_hypervisor
 from hypervisors.virtiofsd import start_virtiofsd
 from hypervisors.vsock_device import start_vsock_device
 
-from . import scratch_guest
+from . import machines, scratch_guest
+from .machines import (
+    BOOT_DEADLINE_S,
+    all_events,
+    find,
+    make_tap_elsewhere,
+    processes_naming,
+    says,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.root]
 
-BOOT_DEADLINE_S = 60
-CHANGE_DEADLINE_S = 30
 
-
-@asynccontextmanager
-async def running(spec, records):
-    """Launch and supervise a machine; whatever happens it is gone afterwards."""
-    machine = await find_hypervisor("qemu").launch(spec, record=records.append)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(machine.run)
-        try:
-            yield machine
-        finally:
-            machine.kill()
-
-
-async def says(machine, needle):
-    """Wait until the guest has written a line with `needle`; fail with its last lines."""
-    with trio.move_on_after(CHANGE_DEADLINE_S) as scope:
-        await machine.console.wait_for(needle.encode())
-    assert not scope.cancelled_caught, (needle, machine.console.tail(20))
-
-
-async def all_events(machine):
-    return [event async for event in machine.events]
+def running(spec, records):
+    return machines.running("qemu", spec, records)
 
 
 @pytest.mark.parametrize(
@@ -222,34 +201,3 @@ async def test_cancelled_launch_leaves_nothing(make_spec, records):
         with trio.move_on_after(delay_s):
             await find_hypervisor("qemu").launch(make_spec(), record=records.append)
             pytest.skip("the machine was launched before it could be cancelled")
-
-
-def find(status, field):
-    """The words behind `field` in a /proc/<pid>/status."""
-    return next(line.split()[1:] for line in status.splitlines() if line.startswith(field))
-
-
-def processes_naming(text):
-    """Living processes with `text` in their arguments: a daemon's own children are not recorded."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if text in (entry / "cmdline").read_text():
-                found.append(entry.name)
-    return found
-
-
-def make_tap_elsewhere():
-    """A tap descriptor of a network namespace that nothing else is in."""
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        ctypes.CDLL(None).unshare(0x40000000)
-        tun = os.open("/dev/net/tun", os.O_RDWR)
-        fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH22x", b"tap0", 0x0002 | 0x1000 | 0x4000))
-        socket.send_fds(theirs, [b"x"], [tun])
-        os._exit(0)
-    with ours, theirs:
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-    os.waitpid(pid, 0)
-    return fds[0]

@@ -24,6 +24,9 @@ done <"$here/writable"
 mkdir -p /lib/modules
 ln -sfn "$modules" "/lib/modules/$release"
 modprobe --all kvm_amd vhost_vsock vhost_net tun loop
+# As udev does; a machine without KVM may lack its group, so any number does.
+chgrp 993 /dev/kvm
+chmod 0660 /dev/kvm
 hostname kvm-node
 ip link set lo up
 ulimit -n 1048576
