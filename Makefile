@@ -56,7 +56,7 @@ protos: venv ## Generate the message classes again from the .proto files
 
 .PHONY: run
 run: setup guest shim ## Run a container in a virtual machine of its own, and show it
-	@$(PYTHON) packaging/demo/run.py $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),-- $(CMD))
+	@$(PYTHON) packaging/demo/run.py $(if $(VMM),--vmm '$(VMM)') $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),-- $(CMD))
 
 .PHONY: lint
 lint: venv

@@ -14,6 +14,16 @@ ENTRY_POINT_GROUP: Final = "kata.hypervisors"
 BUILT_IN: Final = ("cloud-hypervisor", "qemu")
 # How Kata's configuration files call them.
 ALIASES: Final = {"clh": "cloud-hypervisor"}
+# Where their programs are by default.
+DEFAULT_PROGRAMS: Final = {
+    "cloud-hypervisor": "/usr/bin/cloud-hypervisor",
+    "qemu": "/usr/bin/qemu-system-x86_64",
+}
+
+
+def canonical_name(name: str) -> str:
+    """The one name of a backend that has several."""
+    return ALIASES.get(name, name)
 
 
 def find_hypervisor(name: str) -> Hypervisor:
@@ -22,7 +32,7 @@ def find_hypervisor(name: str) -> Hypervisor:
     Raises:
         Unsupported: there is none; the hint lists those there are.
     """
-    name = ALIASES.get(name, name)
+    name = canonical_name(name)
     if name == "qemu":
         from .qemu import Qemu
 

@@ -20,8 +20,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from pins import pins
@@ -31,6 +33,9 @@ BUILD: Final = REPOSITORY / "build"
 PACKAGES: Final = ("ttrpc", "agent_proto", "hypervisors", "netns", "shimv2")
 SHIM: Final = "containerd-shim-kata-v2"
 VIRTIOFSD_PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+# What a runtime's name may add (io.containerd.kata-clh.v2, as Kata's links are called), each with a
+# configuration of its own; the first is what the plain name means.
+VARIANTS: Final = ("qemu", "clh")
 PLACEHOLDER: Final = re.compile(r"@([A-Z_]+)@")
 
 
@@ -54,6 +59,7 @@ class Layout:
             "PYTHON": os.path.realpath(sys.executable),
             "LIBRARY_DIRS": ", ".join(repr(str(path)) for path in self.library),
             "CONFIGURATION": str(self.configuration),
+            "CLOUD_HYPERVISOR": _program("cloud-hypervisor", "/usr/bin/cloud-hypervisor"),
             "QEMU": _program("qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"),
             "VIRTIOFSD": next(filter(os.path.exists, VIRTIOFSD_PLACES), VIRTIOFSD_PLACES[-1]),
             "VSOCK_DEVICE": str(self.vsock_device),
@@ -82,7 +88,10 @@ def tree() -> None:
     """Make build/bin and build/etc, whose shim runs the checkout's code."""
     TREE.bin.mkdir(parents=True, exist_ok=True)
     _write(TREE.bin / SHIM, _filled(f"{SHIM}.in", TREE), 0o755)
-    _write(TREE.configuration, _filled("configuration.toml.in", TREE), 0o644)
+    for name in _link_names():
+        _link(TREE.bin / name)
+    for path, text in _configurations(TREE).items():
+        _write(path, text, 0o644)
     for package in PACKAGES:
         _compile(REPOSITORY / package, py_compile.PycInvalidationMode.TIMESTAMP)
     print(f"shim: {TREE.bin / SHIM}, configuration: {TREE.configuration}")
@@ -97,7 +106,10 @@ def install(destination: Path) -> None:
     (library,) = SYSTEM.library
     _install_library(below(library))
     _write(below(SYSTEM.bin / SHIM), _filled(f"{SHIM}.in", SYSTEM), 0o755)
-    _install_configuration(below(SYSTEM.configuration), _filled("configuration.toml.in", SYSTEM))
+    for name in _link_names():
+        _link(below(SYSTEM.bin / name))
+    for path, text in _configurations(SYSTEM).items():
+        _install_configuration(below(path), text)
     for name in ("vmlinux", "initrd.img", "manifest.json"):
         _copy(BUILD / "guest" / name, below(SYSTEM.guest / name), 0o644)
     _copy(BUILD / "bin" / "vhost-device-vsock", below(SYSTEM.vsock_device), 0o755)
@@ -189,9 +201,25 @@ def _install_configuration(target: Path, text: str) -> None:
     _write(pristine, text, 0o644)
 
 
-def _filled(template: str, layout: Layout) -> str:
+def _link_names() -> list[str]:
+    return [SHIM.replace("kata", f"kata-{variant}") for variant in VARIANTS]
+
+
+def _configurations(layout: Layout) -> dict[Path, str]:
+    """Return the files by path: the plain one, and one for each variant."""
+    main = layout.configuration
+    found: dict[Path, str] = {}
+    for variant in VARIANTS:
+        hypervisor = _filled(f"hypervisor-{variant}.toml.in", layout)
+        text = _filled("configuration.toml.in", layout, {"HYPERVISOR": hypervisor})
+        found.setdefault(main, text)
+        found[main.with_stem(f"{main.stem}-{variant}")] = text
+    return found
+
+
+def _filled(template: str, layout: Layout, more: Mapping[str, str] = MappingProxyType({})) -> str:
     path = REPOSITORY / "packaging" / template
-    values = layout.values()
+    values = {**layout.values(), **more}
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
@@ -214,6 +242,14 @@ def _copy(source: Path, target: Path, mode: int) -> None:
     partial.chmod(mode)
     partial.replace(target)
     print(f"installed {target}")
+
+
+def _link(target: Path) -> None:
+    """Make `target` another name of the shim beside it."""
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(SHIM)
+    partial.replace(target)
 
 
 def _write(target: Path, text: str, mode: int) -> None:

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one command; return the exit status. Text for humans goes to stderr, as one line."""
+def main(arguments: Sequence[str], program: str = "") -> int:
+    """Run one command; return the exit status. Text for humans goes to stderr, as one line.
+
+    `program` is the path by which this was executed: a link's name chooses the configuration.
+    """
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, program)
     except Exception as error:  # the text is what the user of containerd sees, a traceback isn't
         text = str(error) or type(error).__name__
         line = " ".join(f"{bootstrap.RUNTIME_NAME}: {text}".split())
@@ -27,8 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
+def _dispatch(arguments: Sequence[str], program: str) -> int:
     flags = bootstrap.parse_flags(arguments)
+    flags.program = program
     if flags.boolean("info"):
         from shimv2 import info
 
@@ -51,4 +55,4 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    posix._exit(main(sys.argv[1:]))
+    posix._exit(main(sys.argv[1:], sys.argv[0]))

@@ -60,12 +60,13 @@ _STDIN_DEADLINE_MS = 500
 class Flags:
     """A parsed command line; `command` is empty when none was given."""
 
-    __slots__ = ("booleans", "command", "rest", "strings")
+    __slots__ = ("booleans", "command", "program", "rest", "strings")
 
     def __init__(self) -> None:
         self.strings: dict[str, str] = {}
         self.booleans: dict[str, bool] = {}
         self.command = ""
+        self.program = ""  # how it was executed
         self.rest: list[str] = []
 
     def string(self, name: str) -> str:
@@ -92,6 +93,7 @@ class ShimInvocation:
         "socket_dir",
         "socket_inode",
         "ttrpc_address",
+        "variant",
     )
 
     def __init__(
@@ -108,6 +110,7 @@ class ShimInvocation:
         self.containerd_version = ""
         self.socket_dir = ""
         self.socket_inode = 0  # what `start` bound, once it has
+        self.variant = ""
         self.debug = False
         self.core_scheduling = False
 
@@ -206,7 +209,16 @@ def read_invocation(
     invocation.socket_dir = params.get(9, "")
     invocation.debug = flags.boolean("debug") or params.get(3, "") == "debug"
     invocation.core_scheduling = variable(b"SCHED_CORE") != ""
+    invocation.variant = variant_of(flags.program)
     return invocation
+
+
+def variant_of(program: str) -> str:
+    """Return what a runtime's name adds to ours: "clh" of containerd-shim-kata-clh-v2, else ""."""
+    name = program.rpartition("/")[2]
+    variant = name.removeprefix("containerd-shim-kata-").removesuffix("-v2")
+    is_one = name == f"containerd-shim-kata-{variant}-v2"
+    return variant if is_one and is_valid_id(variant) else ""
 
 
 def classify(invocation: ShimInvocation) -> None:
@@ -409,4 +421,5 @@ __all__ = [
     "parse_json",
     "read_invocation",
     "read_stdin",
+    "variant_of",
 ]

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hypervisors.registry import DEFAULT_PROGRAMS, canonical_name
 from shimv2 import annotations as pod_annotations
 from shimv2 import config_schema
 from shimv2.config_file import find, read_tables
-from shimv2.config_keys import WITHOUT_EFFECT
+from shimv2.config_keys import WITHOUT_EFFECT, WITHOUT_EFFECT_ON
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,21 +114,24 @@ class RuntimeConfig:
 
 
 def load_config(
-    path: str | Path | None = None, annotations: Mapping[str, str] | None = None
+    path: str | Path | None = None,
+    annotations: Mapping[str, str] | None = None,
+    *,
+    variant: str = "",
 ) -> RuntimeConfig:
     """Return the configuration for a sandbox whose pod carries `annotations`.
 
     `path` is what the runtime options name (`runtimeoptions.v1.Options.config_path`); without one,
-    KATA_CONF_FILE and then the usual places are looked at. Only files that nobody but root can
-    write are read. Raises `InvalidArgument` with file, key and a way out, `FailedPrecondition` if
-    there is no file.
+    the file of the runtime's `variant` is looked for, and without that KATA_CONF_FILE and the usual
+    places. Only files that nobody but root can write are read. Raises `InvalidArgument` with file,
+    key and a way out, `FailedPrecondition` if there is no file.
     """
-    file = find(str(path) if path else None)
+    file = find(str(path) if path else None, variant=variant)
     settings = config_schema.Settings()
     for name, tables in read_tables(file):
         config_schema.apply(tables, name, settings)
     config = RuntimeConfig(
-        hypervisor=replace(HypervisorConfig(), **settings.of("hypervisor")),
+        hypervisor=_hypervisor(settings),
         agent=replace(AgentConfig(), **settings.of("agent")),
         runtime=replace(RuntimeSection(), **settings.of("runtime")),
         factory=replace(FactoryConfig(), **settings.of("factory")),
@@ -137,11 +141,21 @@ def load_config(
     return _naming_what_has_no_effect(_with_annotations(config, annotations or {}))
 
 
+def _hypervisor(settings: config_schema.Settings) -> HypervisorConfig:
+    given = dict(settings.of("hypervisor"))
+    name = given["name"] = canonical_name(str(given.get("name", HypervisorConfig().name)))
+    if name in DEFAULT_PROGRAMS:
+        given.setdefault("path", Path(DEFAULT_PROGRAMS[name]))
+    return replace(HypervisorConfig(), **given)
+
+
 def _naming_what_has_no_effect(config: RuntimeConfig) -> RuntimeConfig:
     defaults = RuntimeConfig()
+    own = WITHOUT_EFFECT_ON.get(config.hypervisor.name, {})
+    without = WITHOUT_EFFECT | {"hypervisor": WITHOUT_EFFECT["hypervisor"] | own}
     warnings = [
         f"{section}.{field} has no effect here: {reason}"
-        for section, reasons in WITHOUT_EFFECT.items()
+        for section, reasons in without.items()
         for field, reason in reasons.items()
         if getattr(getattr(config, section), field) != getattr(getattr(defaults, section), field)
     ]

@@ -17,8 +17,12 @@ VARIABLE = "KATA_CONF_FILE"
 _MAX_BYTES = 1 << 20
 
 
-def find(path: str | None, environment: Mapping[str, str] | None = None) -> str:
-    """Return the file to read: the one asked for, the environment's, or the usual one.
+def find(
+    path: str | None, environment: Mapping[str, str] | None = None, *, variant: str = ""
+) -> str:
+    """Return the file to read: the one asked for, the runtime's, the environment's, the usual one.
+
+    A runtime called io.containerd.kata-clh.v2 is of variant "clh" and has configuration-clh.toml.
 
     The environment may name only files in `DIRECTORIES`: it is not an operator's decision for each
     pod, and once let a pod choose its hypervisor (CVE-2026-50540). Raises `InvalidArgument`;
@@ -28,12 +32,14 @@ def find(path: str | None, environment: Mapping[str, str] | None = None) -> str:
     if path:
         return path
     named = (os.environ if environment is None else environment).get(VARIABLE, "")
-    if named:
+    if named and not variant:
         if os.path.dirname(os.path.normpath(named)) not in DIRECTORIES:
             places = " or ".join(DIRECTORIES)
             raise InvalidArgument(f"{VARIABLE}={named}: only files in {places} are accepted")
         return named
-    usual = [f"{directory}/{FILE_NAME}" for directory in DIRECTORIES]
+    stem, _, suffix = FILE_NAME.partition(".")
+    name = f"{stem}-{variant}.{suffix}" if variant else FILE_NAME
+    usual = [f"{directory}/{name}" for directory in DIRECTORIES]
     found = next((one for one in usual if os.path.exists(one)), None)
     if found is None:
         raise FailedPrecondition(

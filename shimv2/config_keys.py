@@ -113,6 +113,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "seccomp_sandbox": "QEMU's seccomp filter is set by the shim and can't be changed",
         "kernel_verity_params": "dm-verity images are not offered yet; the guest is an initrd",
         "virtio_fs_is_dax": "DAX is not offered yet",
+        "disable_seccomp": "the VMM's seccomp filter stays on",
     },
     "agent": {
         "enable_tracing": "tracing is not offered yet",
@@ -164,6 +165,16 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
 """Field -> why it changes nothing here. A value that is not the default is named in the log."""
 
 
+WITHOUT_EFFECT_ON: dict[str, dict[str, str]] = {
+    "cloud-hypervisor": {
+        "machine_type": "Cloud Hypervisor has one type of machine",
+        "vsock_daemon": "Cloud Hypervisor has a vsock device of its own",
+        "disable_vhost_net": "Cloud Hypervisor moves packets itself",
+    },
+}
+"""VMM -> what changes nothing with it, as in WITHOUT_EFFECT; fields of [hypervisor]."""
+
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -175,7 +186,7 @@ IDLE: dict[str, frozenset[str]] = {
         file_mem_backend disable_nesting_checks default_bridges
         memory_offset reclaim_guest_freed_memory hugepage_type numa_mapping guest_swap_path
         guest_swap_size_percent guest_swap_create_threshold_secs virtio_fs_cache_size
-        virtio_fs_extra_args
+        virtio_fs_extra_args virtio_fs_inode_file_handles hypervisor_loglevel valid_ctlpaths
         block_device_driver block_device_aio block_device_cache_set block_device_cache_direct
         block_device_cache_noflush block_device_logical_sector_size
         block_device_physical_sector_size disk_rate_limiter_bw_max_rate

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hypervisors.registry import canonical_name
 from shimv2.config_file import line_of
 from shimv2.config_keys import IDLE, REFUSED, TABLES
 from shimv2.errors import InvalidArgument
@@ -99,7 +100,11 @@ def _hypervisor(content: Mapping[str, object], file: str, settings: Settings) ->
     if len(backends) != len(content) or len(backends) > 1:
         raise InvalidArgument(f"{file}: [hypervisor] must hold one table, [hypervisor.NAME]")
     for name, table in backends.items():
-        settings.of("hypervisor")["name"] = name
+        first = settings.of("hypervisor").setdefault("name", name)
+        if canonical_name(name) != canonical_name(first):
+            # Beside a drop-in there may be the files of several VMMs.
+            settings.warnings.append(f"{file}: [hypervisor.{name}] is not for {first}")
+            continue
         rest = dict(table)
         factory = rest.pop("factory", None)
         if isinstance(factory, dict):  # runtime-rs keeps it here

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -86,7 +87,11 @@ class TaskService:
         self._log = log
         self._events = TaskEvents(publisher)
         self._sandbox = Sandbox(
-            invocation, state_dir, self._events, log, parts if parts is not None else real_parts()
+            invocation,
+            state_dir,
+            self._events,
+            log,
+            parts if parts is not None else real_parts(invocation.variant),
         )
 
     def services(self) -> Mapping[str, Mapping[str, Handler]]:
@@ -352,12 +357,15 @@ def _limit_s(context: CallContext) -> float:
     return left_s - min(_ANSWER_MARGIN_S, left_s / 10) if math.isfinite(left_s) else math.inf
 
 
-def real_parts() -> Parts:
-    """The host's own mounts, programs and configuration."""
+def real_parts(variant: str = "") -> Parts:
+    """The host's own mounts and programs, and the configuration of the runtime's variant."""
     from shimv2.config import load_config
 
     return Parts(
-        machinery=_real_machinery, load_config=load_config, mounts=mounts, reports_root=REPORTS_ROOT
+        machinery=_real_machinery,
+        load_config=partial(load_config, variant=variant),
+        mounts=mounts,
+        reports_root=REPORTS_ROOT,
     )
 
 

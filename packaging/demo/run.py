@@ -29,7 +29,14 @@ from tests.harness.containerd_daemon import ContainerdMissing, find_containerd  
 from tests.harness.node import Node  # noqa: E402
 from tests.harness.oci_image import BUSYBOX_IMAGE, BusyboxMissing  # noqa: E402
 
-RUNTIME: Final = "io.containerd.kata.v2"
+# The runtime for each VMM, by its own name and by Kata's.
+RUNTIMES: Final = {
+    "": "io.containerd.kata.v2",
+    "qemu": "io.containerd.kata-qemu.v2",
+    "cloud-hypervisor": "io.containerd.kata-clh.v2",
+    "clh": "io.containerd.kata-clh.v2",
+}
+MACHINES: Final = {"cloud-hypervisor": "Cloud Hypervisor", "clh": "Cloud Hypervisor"}
 TIMELINE_EVENT: Final = "sandbox timeline"
 PULL_S: Final = 600
 BAR_WIDTH: Final = 40
@@ -109,9 +116,9 @@ def _client_side(node: Node) -> list[str]:
     return ["--local"] if "--local" in help_text else []
 
 
-def run_container(node: Node, image: str, command: Sequence[str]) -> Run:
+def run_container(node: Node, image: str, command: Sequence[str], vmm: str) -> Run:
     """Run `command` in its own virtual machine, passing its output on as it comes."""
-    argv = ["ctr", "run", "--rm", "--runtime", RUNTIME, image, "hello", *command]
+    argv = ["ctr", "run", "--rm", "--runtime", RUNTIMES[vmm], image, "hello", *command]
     print(f"$ {shlex.join(argv[:7])} …\n", flush=True)
     started = time.monotonic()
     lines = []
@@ -170,7 +177,7 @@ def guest_kernel(result: Run, *, is_default: bool) -> str:
     return str(manifest["kernel"]["release"])
 
 
-def report(result: Run, log: str, *, is_default: bool) -> None:
+def report(result: Run, log: str, *, is_default: bool, vmm: str = "") -> None:
     """Print what happened."""
     print(f"\nexit status    {result.status}")
     print(f"host kernel    {platform.release()}")
@@ -178,7 +185,7 @@ def report(result: Run, log: str, *, is_default: bool) -> None:
     record = timeline_record(log)
     accelerator = ACCELERATORS.get(str(record.get("accelerator")))
     if accelerator:
-        print(f"machine        QEMU, {accelerator}")
+        print(f"machine        {MACHINES.get(vmm, 'QEMU')}, {accelerator}")
     if record:
         print("timeline, from the first request for the container to the shim:")
         for line in timeline_lines(phases(record)):
@@ -186,8 +193,11 @@ def report(result: Run, log: str, *, is_default: bool) -> None:
     print(f"`ctr run` took {result.wall_s:.2f} s from start to end.")
 
 
-def demonstrate(image: str | None, command: Sequence[str]) -> int:
+def demonstrate(image: str | None, command: Sequence[str], vmm: str = "") -> int:
     """Run the container and print the report; return the exit status of the program."""
+    if vmm not in RUNTIMES:
+        known = ", ".join(filter(None, RUNTIMES))
+        raise DemoFailed(f"VMM={vmm} is not known; choose one of {known}")
     prerequisites()
     is_default = image is None and not command
     with tempfile.TemporaryDirectory(prefix="kata-demo-") as logs:
@@ -197,9 +207,9 @@ def demonstrate(image: str | None, command: Sequence[str]) -> int:
             if image is not None:
                 pull(node, image)
             arguments = command or (() if image is not None else DEFAULT_COMMAND)
-            result = run_container(node, image or BUSYBOX_IMAGE, arguments)
+            result = run_container(node, image or BUSYBOX_IMAGE, arguments, vmm)
             log = node.containerd.log_path.read_text(errors="replace")
-            report(result, log, is_default=is_default)
+            report(result, log, is_default=is_default, vmm=vmm)
         if is_default and result.status != 0:
             _print_failure(log)
     return result.status
@@ -230,10 +240,11 @@ def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="make run", description=__doc__)
     parser.add_argument("--image", help="complete image name, pulled from its registry")
+    parser.add_argument("--vmm", default="", help=", ".join(filter(None, RUNTIMES)))
     parser.add_argument("command", nargs="*", help="what to run in it; the image's own if none")
     options = parser.parse_args()
     try:
-        return demonstrate(options.image, options.command)
+        return demonstrate(options.image, options.command, options.vmm)
     except (DemoFailed, ContainerdMissing, BusyboxMissing, AssertionError, RuntimeError) as error:
         print(f"make run: {error}", file=sys.stderr)
         return 1

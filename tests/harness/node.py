@@ -253,9 +253,8 @@ class Node:
                         stream.close()
 
     def _configure_shim(self) -> None:
-        built = BUILD / "etc" / "configuration.toml"
-        if built.exists():
-            self.write(CONFIGURATION, built.read_text())
+        for built in (BUILD / "etc").glob("configuration*.toml"):
+            self.write(f"{CONFIGURATION.rpartition('/')[0]}/{built.name}", built.read_text())
 
     def _import_images(self) -> None:
         for archive in _images():

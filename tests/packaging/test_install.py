@@ -45,6 +45,8 @@ def test_every_place_the_readme_names_is_filled(installed: Path) -> None:
         "usr/lib/kata-shimv2/shimv2/__main__.py",
         "usr/lib/kata-shimv2/trio/__init__.py",
         CONFIGURATION,
+        "etc/kata-containers/configuration-clh.toml",
+        "usr/bin/containerd-shim-kata-clh-v2",
         "usr/share/kata-containers/vmlinux",
         "usr/share/kata-containers/initrd.img",
         "usr/libexec/kata-shimv2/vhost-device-vsock",

@@ -190,3 +190,21 @@ def test_a_silent_pipe_does_not_hold_start_up():
         assert bootstrap.read_stdin(reader) == b"abc"
     finally:
         os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("program", "variant"),
+    [
+        ("/usr/bin/containerd-shim-kata-v2", ""),
+        ("/usr/bin/containerd-shim-kata-clh-v2", "clh"),
+        ("containerd-shim-kata-qemu-nvidia-v2", "qemu-nvidia"),
+        ("/usr/bin/containerd-shim-kata-../../x-v2", ""),
+        ("/usr/bin/containerd-shim-kata--v2", ""),
+        ("shimv2/__main__.py", ""),
+        ("", ""),
+    ],
+)
+def test_name_of_the_program_tells_the_variant(program, variant):
+    flags = bootstrap.parse_flags(["-namespace", "n", "-id", "i", "start"])
+    flags.program = program
+    assert bootstrap.read_invocation(flags, {}).variant == variant

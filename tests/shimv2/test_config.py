@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shimv2 import annotations, config, config_file
 from shimv2.config import AgentConfig, HypervisorConfig, RuntimeSection, load_config
 from shimv2.config_keys import IDLE, REFUSED, TABLES
-from shimv2.errors import InvalidArgument
+from shimv2.errors import FailedPrecondition, InvalidArgument
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "io.katacontainers.config."
@@ -197,21 +197,84 @@ def test_every_used_key_sets_a_field_that_exists():
         assert key.field in {field.name for field in fields(classes[section])}
 
 
-def test_the_shipped_template_is_valid_and_says_the_defaults(write):
-    text = (ROOT / "packaging" / "configuration.toml.in").read_text()
+def shipped(name: str) -> str:
+    return (ROOT / "packaging" / f"{name}.toml.in").read_text()
+
+
+@pytest.mark.parametrize(("vmm", "backend"), [("qemu", "qemu"), ("clh", "cloud-hypervisor")])
+def test_the_shipped_template_is_valid_and_says_the_defaults(write, vmm, backend):
+    text = shipped("configuration").replace("@HYPERVISOR@", shipped(f"hypervisor-{vmm}"))
     filled = re.sub(r"@[A-Z_]+@", "/usr/bin/x", text)
     assert load_config(write(filled)).warnings == ()
     uncommented = re.sub(r"(?m)^# ([a-z_]+ = )", r"\1", filled)
     loaded = load_config(write(uncommented))
     allowed = ("default_vcpus", "default_memory")
     paths = ("path", "kernel", "initrd", "virtio_fs_daemon", "vsock_daemon")
+    assert loaded.hypervisor.name == backend
     for field in fields(HypervisorConfig):
-        if field.name not in (*paths, "enable_annotations"):
+        if field.name not in ("name", *paths, "enable_annotations"):
             default = getattr(HypervisorConfig(), field.name)
             assert getattr(loaded.hypervisor, field.name) == default, field.name
     assert loaded.hypervisor.enable_annotations == allowed
     assert loaded.agent == AgentConfig()
     assert loaded.runtime == RuntimeSection()
+
+
+@pytest.mark.parametrize("name", ["clh", "cloud-hypervisor"])
+def test_either_of_katas_names_means_cloud_hypervisor_and_its_program(write, name):
+    loaded = load_config(write(f"[hypervisor.{name}]\n"))
+    assert loaded.hypervisor.name == "cloud-hypervisor"
+    assert loaded.hypervisor.path == Path("/usr/bin/cloud-hypervisor")
+    assert loaded.warnings == ()
+    given = load_config(write(f'[hypervisor.{name}]\npath = "/opt/clh"\nmachine_type = "pc"\n'))
+    assert given.hypervisor.path == Path("/opt/clh")
+    assert "machine_type has no effect here: Cloud Hypervisor has one" in given.warnings[0]
+
+
+def test_keys_of_katas_cloud_hypervisor_files_are_known(write):
+    path = write(
+        """
+        [hypervisor.clh]
+        rootfs_type = "ext4"
+        default_memory = 2048
+        memory_slots = 10
+        shared_fs = "virtio-fs"
+        virtio_fs_inode_file_handles = "prefer"
+        hypervisor_loglevel = 1
+        net_rate_limiter_bw_max_rate = 0
+        disk_rate_limiter_ops_max_rate = 0
+        disable_image_nvdimm = false
+        block_device_driver = "virtio-blk"
+        """
+    )
+    assert "virtio_fs_inode_file_handles" in load_config(path).warnings[0]
+    text = refused(write("[hypervisor.clh]\ndisable_seccomp = true\n"))
+    assert "the VMM's seccomp filter stays on" in text
+
+
+def test_a_drop_in_for_another_hypervisor_changes_nothing_but_the_log(write):
+    path = write("[hypervisor.clh]\ndefault_memory = 300\n")
+    write("[hypervisor.qemu]\ndefault_memory = 400\n", "config.d/10-qemu.toml")
+    write("[hypervisor.cloud-hypervisor]\ndefault_vcpus = 2\n", "config.d/20-clh.toml")
+    loaded = load_config(path)
+    assert loaded.hypervisor.name == "cloud-hypervisor"
+    assert loaded.hypervisor.default_memory_mib == 300
+    assert loaded.hypervisor.default_vcpus == 2
+    assert "[hypervisor.qemu] is not for clh" in loaded.warnings[0]
+
+
+def test_the_runtimes_name_chooses_the_file(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(config_file, "DIRECTORIES", (str(tmp_path),))
+    write("[hypervisor.qemu]\n")
+    write("[hypervisor.clh]\n", "configuration-clh.toml")
+    assert load_config().hypervisor.name == "qemu"
+    assert load_config(variant="clh").hypervisor.name == "cloud-hypervisor"
+    assert load_config(write("[hypervisor.qemu]\n"), variant="clh").hypervisor.name == "qemu"
+    # What is the environment's for all runtimes doesn't change one that has a file of its own.
+    monkeypatch.setenv(config_file.VARIABLE, f"{tmp_path}/configuration.toml")
+    assert load_config(variant="clh").hypervisor.name == "cloud-hypervisor"
+    with pytest.raises(FailedPrecondition, match=r"configuration-fc\.toml"):
+        load_config(variant="fc")
 
 
 def gate(*names: str) -> str:
@@ -277,7 +340,9 @@ def test_a_pods_kernel_parameters_follow_the_operators(write):
     assert loaded.hypervisor.kernel_params == "a=1 b=2"
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     name=st.sampled_from(sorted(annotations.REGISTRY)) | st.text(max_size=20),
     value=st.text(max_size=40),

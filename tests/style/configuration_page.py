@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from shimv2 import annotations as pod_annotations
 from shimv2 import config
-from shimv2.config_keys import IDLE, REFUSED, TABLES, WITHOUT_EFFECT
+from shimv2.config_keys import IDLE, REFUSED, TABLES, WITHOUT_EFFECT, WITHOUT_EFFECT_ON
 from shimv2.config_schema import Key
 from tests.style import source
 
@@ -30,7 +30,7 @@ PAGE: Final = source.ROOT / "docs" / "configuration.md"
 BEGIN: Final = "<!-- tables: made by tests/style/configuration_page.py -->"
 END: Final = "<!-- end of tables -->"
 SECTIONS: Final = {
-    "hypervisor": ("hypervisor.qemu", config.HypervisorConfig()),
+    "hypervisor": ("hypervisor.…", config.HypervisorConfig()),
     "agent": ("agent.kata", config.AgentConfig()),
     "runtime": ("runtime", config.RuntimeSection()),
     "factory": ("factory", config.FactoryConfig()),
@@ -45,7 +45,7 @@ _OWN: Final = frozenset({"enable_annotations", "shared_fs", "enable_template"})
 
 def tables() -> str:
     """Return all tables as Markdown."""
-    parts = [*_used(), _annotations(), *_refused(), _idle()]
+    parts = [*_used(), _of_one_vmm(), _annotations(), *_refused(), _idle()]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -70,6 +70,13 @@ def _used() -> Iterator[list[str]]:
             default = _value(getattr(owner, key.field), key)
             lines.append(f"| `{name}` | {_values(key)} | {default} | {effect} |")
         yield lines
+
+
+def _of_one_vmm() -> list[str]:
+    lines = ["### Without effect on one VMM", "", "| VMM | key | |", "|---|---|---|"]
+    for vmm, reasons in WITHOUT_EFFECT_ON.items():
+        lines += [f"| {vmm} | `{name}` | {reason} |" for name, reason in reasons.items()]
+    return lines
 
 
 def _annotations() -> list[str]:
