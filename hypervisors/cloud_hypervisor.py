@@ -132,7 +132,7 @@ class CloudHypervisor:
                     pass_fds=table.pass_fds,
                     stdout=console.theirs.fileno(),
                     user=account,
-                    unshare=isolation.own_namespaces(),
+                    **isolation.machine_namespaces(spec.network_namespace),
                     no_new_privileges=True,
                 )
                 undo.push_async_callback(child.aclose)
