@@ -152,13 +152,12 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     },
     "runtime": {
         "sandbox_cgroup_only": "the VMM stays in the cgroup in which containerd starts shims",
-        "disable_guest_empty_dir": "each emptyDir is the host's, over virtio-fs",
-        "sandbox_bind_mounts": "no such mounts are made",
+        "disable_guest_empty_dir": "an emptyDir on disk is the host's in any case",
         "enable_pprof": "that is a profiler of Go programs",
         "enable_debug": "the shim's log has one level; containerd's own debug option adds to it",
         "keep_abnormal": "a VM that has failed is always taken down; its report stays",
         "experimental": "there are no experimental features",
-        "kubelet_root_dir": "the shim looks at no directory of the kubelet's",
+        "kubelet_root_dir": "kubelet's volumes are known by their paths, wherever they lie",
     },
     "factory": {"template_path": "VM templates are not offered yet"},
 }

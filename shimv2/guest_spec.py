@@ -17,6 +17,7 @@ from agent_proto.pb import oci_pb2
 from shimv2.bundle import Bundle, ContainerKind, JsonObject
 from shimv2.errors import InvalidArgument, Unimplemented
 from shimv2.oci_messages import message_from_json
+from shimv2.volume_plan import kubelet_volume
 
 # Source: Kata virtcontainers/kata_agent.go: where the guest sees the share, and the pod's shm.
 SHARED_DIRECTORY: Final = PurePosixPath("/run/kata-containers/shared/containers")
@@ -105,6 +106,8 @@ def shared_mounts(spec: JsonObject) -> list[SharedMount]:
             continue
         options = _options(mount)
         propagation = _propagation(options)
+        if not mount.get("source"):
+            raise InvalidArgument(f"mount {mount['destination']}: a bind needs a source")
         if "idmap" in options or "ridmap" in options or mount.get("uidMappings"):
             raise Unimplemented(
                 f"mount {mount['destination']}: id-mapped mounts cannot be shared with the VM",
@@ -236,7 +239,8 @@ def _is_pod_shm(mount: JsonObject) -> bool:
     # Source: containerd pkg/cri sandboxes/<id>/shm, CRI-O userdata/shm, Docker mounts/shm; the
     # host's own for hostIPC. An emptyDir that is mounted there is a volume like others.
     source = PurePosixPath(str(mount.get("source", "")))
-    return mount["destination"] == "/dev/shm" and source.name == "shm"
+    is_named_so = mount["destination"] == "/dev/shm" and source.name == "shm"
+    return is_named_so and kubelet_volume(source) is None
 
 
 def _uses_guest_source(mount: JsonObject) -> bool:

@@ -106,6 +106,7 @@ class HostResources:
         self._enter = timeline.enter
         self._share = Share(self._state_dir.directory, journal, self._parts.mounts)
         self._share.prepare()
+        self._share.add_sandbox_mounts(config.runtime.sandbox_bind_mounts)
         self.machine = Machine(
             self._invocation.sandbox_id,
             plan,

@@ -27,8 +27,16 @@ from typing import TYPE_CHECKING, Final, Protocol
 from shimv2 import mounts
 from shimv2.errors import InvalidArgument
 from shimv2.guest_spec import SHARED_DIRECTORY, SharedMount, pod_shm, shared_mounts
+from shimv2.sandbox_mounts import DIRECTORY as SANDBOX_MOUNTS
+from shimv2.sandbox_mounts import plan_sandbox_mounts
 from shimv2.shared_volumes import SharedVolumes
-from shimv2.volume_plan import VolumeKind, kubelet_volume, memory_volume, watched_volume
+from shimv2.volume_plan import (
+    VolumeKind,
+    bound_volume,
+    kubelet_volume,
+    memory_volume,
+    watched_volume,
+)
 from shimv2.volume_source import mount_table, opened, shm_bytes
 
 if TYPE_CHECKING:
@@ -91,6 +99,23 @@ class Share:
         self._journal.take("mount", target=str(self.path))
         self._calls.bind(str(self._mounts), str(self.path), read_only=True, recursive=False)
 
+    def add_sandbox_mounts(self, values: Sequence[str]) -> None:
+        """Share what `sandbox_bind_mounts` names.
+
+        Raises:
+            InvalidArgument: a value that makes no sense, or a source that can't be shared.
+            ShimError: the host refused a mount.
+        """
+        planned = plan_sandbox_mounts(values)
+        if planned:
+            directory = self._mounts / SANDBOX_MOUNTS
+            self._journal.take("directory", path=str(directory))
+            directory.mkdir(mode=0o755)
+        for mount in planned:
+            with opened(mount) as source:
+                name = f"{SANDBOX_MOUNTS}/{mount.destination.name}"
+                self._volumes.keep(name, mount, source)
+
     def add(self, bundle: Bundle, rootfs: Sequence[mounts.RootfsMount]) -> GuestPaths:
         """Mount a container's root filesystem and bind its volumes.
 
@@ -135,11 +160,12 @@ class Share:
                 read_only=mount.read_only and not is_pods_own,
                 is_kubelets=volume is not None,
             )
-            paths.sources[mount.index] = SHARED_DIRECTORY / name
-            if volume is not None and volume.is_updated and mount.read_only and source.is_directory:
-                watched = watched_volume(name, SHARED_DIRECTORY / name)
-                paths.sources[mount.index] = watched.path
-                paths.storages.extend(watched.storages)
+            paths.sources[mount.index] = shared = SHARED_DIRECTORY / name
+            if source.is_directory:
+                is_updated = volume is not None and volume.is_updated and mount.read_only
+                made = watched_volume(name, shared) if is_updated else bound_volume(name, shared)
+                paths.sources[mount.index] = made.path
+                paths.storages.extend(made.storages)
             if mount.leads_host:
                 paths.notes.append(
                     f"mount {mount.destination}: what the container mounts there stays in the VM; "

@@ -91,19 +91,29 @@ class SharedVolumes:
                 problems += self._journal.undo(container=_owner(name))
         return problems
 
+    def keep(self, name: str, mount: SharedMount, source: Source) -> None:
+        """Share something for as long as the sandbox lives, by this name.
+
+        Raises:
+            ShimError: the host refused the mount; the journal has what was done.
+        """
+        self._bind(name, "", mount, source, read_only=mount.read_only)
+
     def _make(self, mount: SharedMount, source: Source, *, read_only: bool) -> str:
         # A colon is in no container's id, and a number is used once: the guest remembers names.
         self._made += 1
         name = f"volume:{self._made}-{mount.source.name[-_MAX_NAME:] or 'root'}"
         try:
-            self._bind(name, mount, source, read_only=read_only)
+            self._bind(name, _owner(name), mount, source, read_only=read_only)
         except BaseException:
             self._journal.undo(container=_owner(name))
             raise
         return name
 
-    def _bind(self, name: str, mount: SharedMount, source: Source, *, read_only: bool) -> None:
-        path, owner = str(self._directory / name), _owner(name)
+    def _bind(
+        self, name: str, owner: str, mount: SharedMount, source: Source, *, read_only: bool
+    ) -> None:
+        path = str(self._directory / name)
         share = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if source.is_directory:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Source: Kata virtcontainers/kata_agent.go: where pods' volumes in memory are in the guest.
 _EPHEMERAL: Final = PurePosixPath("/run/kata-containers/sandbox/ephemeral")
 _WATCHED: Final = PurePosixPath("/run/kata-containers/sandbox/watchable")
+_BOUND: Final = PurePosixPath("/run/kata-containers/sandbox/volumes")
 _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
@@ -125,7 +126,28 @@ def memory_volume(
         options=[f"mode={status.st_mode & 0o7777:04o}", *_group(status)],
         mount_point=str(below),
     )
-    return GuestVolume(storages=(whole, local) if below != path else (whole,), path=below)
+    if below == path:
+        return GuestVolume(storages=(whole,), path=path)
+    name = here.root.lstrip("/").replace("%", "%25").replace("/", "%2F")
+    bound = bound_volume(f"{volume.name}:{name}", below)
+    return GuestVolume(storages=(whole, local, *bound.storages), path=bound.path)
+
+
+def bound_volume(name: str, source: PurePosixPath) -> GuestVolume:
+    """Plan a directory that the agent binds once, and containers have in common.
+
+    Each container that went to the share by itself would get a file system of its own, without the
+    locks and sockets of the others: the kernel makes one wherever it meets a mount of the host's.
+    """
+    path = _BOUND / name
+    storage = agent_pb2.Storage(
+        driver="bind",
+        source=str(source),
+        fstype="bind",
+        options=["rbind"],
+        mount_point=str(path),
+    )
+    return GuestVolume(storages=(storage,), path=path)
 
 
 def watched_volume(name: str, shared: PurePosixPath) -> GuestVolume:

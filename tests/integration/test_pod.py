@@ -4,72 +4,20 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
-from tests.harness.oci_image import BUSYBOX_IMAGE, PAUSE_IMAGE
+from tests.harness.ctr_pod import Pod
 from tests.harness.parts import VMM, find_parts, find_shims
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
 
 pytestmark = pytest.mark.usefixtures("kata_only")
-
-
-@dataclass
-class Pod:
-    """Makes the containers of one pod through ctr."""
-
-    ctr: Ctr
-    sandbox: str
-    members: list[str] = field(default_factory=list)
-
-    def annotations(self, kind: str, name: str) -> list[str]:
-        values = {
-            "container-type": kind,
-            "sandbox-id": self.sandbox,
-            "sandbox-name": "pod",
-            "sandbox-namespace": "default",
-            "sandbox-uid": "u1",
-            "container-name": name,
-        }
-        return [
-            word
-            for key, value in values.items()
-            for word in ("--annotation", f"io.kubernetes.cri.{key}={value}")
-        ]
-
-    def start_sandbox(self) -> None:
-        self.ctr.start(
-            self.sandbox, options=self.annotations("sandbox", "pause"), image=PAUSE_IMAGE
-        )
-        self.members.append(self.sandbox)
-
-    def start(self, name: str, *command: str, options: Sequence[str] = ()) -> str:
-        """Start a container that shares IPC and UTS with the pause container."""
-        container = fresh_id(name)
-        pid = self.ctr.pid(self.sandbox)
-        spaces = [
-            word
-            for kind in ("ipc", "uts", "network")
-            for word in ("--with-ns", f"{kind}:/proc/{pid}/ns/{kind[:3]}")
-        ]
-        self.ctr.start(
-            container,
-            *command,
-            image=BUSYBOX_IMAGE,
-            options=[*self.annotations("container", name), *spaces, *options],
-        )
-        self.members.append(container)
-        return container
-
-    def remove(self) -> None:
-        self.ctr.remove(*reversed(self.members))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from tests.harness.configuration import drop_in
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
-from tests.integration.test_pod import Pod
+from tests.harness.ctr_pod import Pod
 
 if TYPE_CHECKING:
     from tests.harness.node import Node

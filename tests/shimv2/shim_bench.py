@@ -65,6 +65,7 @@ class FakeMounts:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.error: Exception | None = None
+        self.bind_error: Exception | None = None
         self.propagation: list[int] = []
 
     def mount_rootfs(self, mounts: Any, target: str) -> None:
@@ -82,6 +83,8 @@ class FakeMounts:
         propagation: int = 0,
         attributes: int = 0,
     ) -> None:
+        if self.bind_error is not None:
+            raise self.bind_error
         self.calls.append(("bind", _named(source), _named(target), read_only))
         self.propagation.append(propagation)
 

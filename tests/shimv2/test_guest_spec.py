@@ -15,6 +15,7 @@ from shimv2.guest_spec import (
     guest_process_message,
     guest_resources,
     guest_spec,
+    pod_shm,
     sandbox_hostname,
     shared_mounts,
     shares_sandbox_pid_namespace,
@@ -126,6 +127,7 @@ def test_a_user_namespace_is_refused_with_a_way_out() -> None:
     [
         ({"type": "nfs", "source": "s:/x"}, InvalidArgument, "nfs"),
         ({"type": "overlay", "source": "o"}, InvalidArgument, "overlay"),
+        ({"type": "bind", "source": ""}, InvalidArgument, "needs a source"),
         ({"type": "bind", "source": "/x", "options": ["idmap"]}, Unimplemented, "id-mapped"),
     ],
 )
@@ -190,3 +192,30 @@ def test_an_execs_process_keeps_what_it_has() -> None:
     assert (message.User.UID, list(message.User.AdditionalGids)) == (5, [6])
     assert message.SelinuxLabel == ""
     assert (message.ConsoleSize.Height, message.ConsoleSize.Width) == (24, 80)
+
+
+def test_an_empty_dir_at_dev_shm_is_no_pods_shm() -> None:
+    """Its name doesn't matter; the host's own and the pod's are the guest's."""
+    kubelets = "/var/lib/kubelet/pods/u/volumes/kubernetes.io~empty-dir/shm"
+    for source, is_shared in (("/dev/shm", False), ("/run/p1/shm", False), (kubelets, True)):
+        mount = {"destination": "/dev/shm", "type": "bind", "source": source}
+        config = spec(mounts=[mount])
+        assert bool(shared_mounts(config)) is is_shared
+        assert (pod_shm(config) is None) is is_shared
+
+
+@pytest.mark.parametrize(
+    ("options", "follows", "leads"),
+    [
+        (["rbind"], True, False),
+        (["rbind", "rprivate"], False, False),
+        (["rbind", "rprivate", "rslave"], True, False),
+        (["bind", "shared"], True, True),
+    ],
+)
+def test_the_last_word_on_propagation_counts(
+    options: list[str], follows: bool, leads: bool
+) -> None:
+    mount = {"destination": "/d", "type": "bind", "source": "/x", "options": options}
+    (planned,) = shared_mounts(spec(mounts=[mount]))
+    assert (planned.follows_host, planned.leads_host) == (follows, leads)

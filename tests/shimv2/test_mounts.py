@@ -174,3 +174,59 @@ def test_detaching_what_is_not_mounted_is_no_error(tmp_path):
     assert not mounts.detach(str(tmp_path / "nothing"))
     if os.geteuid() == 0:
         assert not mounts.detach(str(tmp_path))
+
+
+@needs_root
+@pytest.mark.parametrize(("follows", "seen"), [(True, ["file"]), (False, [])])
+def test_later_mounts_reach_a_bind_only_if_it_follows_the_host(tmp_path, follows, seen):
+    def work() -> None:
+        host, share = tmp_path / "host", tmp_path / "share"
+        (host / "below").mkdir(parents=True)
+        (share / "volume").mkdir(parents=True)
+        mounts.make_shared(str(host))
+        mounts.make_shared(str(share))
+        propagation = mounts.MS_SLAVE if follows else mounts.MS_PRIVATE
+        mounts.bind(str(host), str(share / "volume"), propagation=propagation)
+        mounts.mount("tmpfs", str(host / "below"), "tmpfs")
+        (host / "below" / "file").write_text("x")
+        assert os.listdir(share / "volume" / "below") == seen
+        mounts.mount("tmpfs", str(share / "volume" / "below"), "tmpfs")
+        assert os.listdir(host / "below") == ["file"]  # nothing comes back
+
+    in_private_namespace(work)
+
+
+@needs_root
+def test_links_of_an_image_lead_no_mount_out_of_the_root(tmp_path):
+    """A snapshotter's second mount goes below the first, whose content the image's author chose."""
+
+    def work() -> None:
+        image, root, outside = tmp_path / "image", tmp_path / "root", tmp_path / "outside"
+        for directory in (image / "real", root, outside):
+            directory.mkdir(parents=True)
+        (image / "link").symlink_to(outside)
+        first = Mount("bind", str(image))
+        mounts.mount_rootfs([first, Mount("tmpfs", "tmpfs", "real")], str(root))
+        assert len(mounted(root)) == 1
+        assert len(mounted(root / "real")) == 1
+        assert mounts.detach(str(root))
+        assert mounted(root / "real") == []
+        for target in ("link", "link/x", "missing"):
+            with pytest.raises(MountFailed, match=target):
+                mounts.mount_rootfs([first, Mount("tmpfs", "tmpfs", target)], str(root))
+            assert mounted(outside) == mounted(root) == []
+
+    in_private_namespace(work)
+
+
+@needs_root
+def test_what_lies_below_the_root_goes_with_it(tmp_path):
+    def work() -> None:
+        (tmp_path / "root" / "inner").mkdir(parents=True)
+        layers = [Mount("tmpfs", "tmpfs", "inner")]
+        mounts.mount_rootfs(layers, str(tmp_path / "root"))
+        assert mounts.rootfs_layers(layers) == 1
+        assert mounts.detach(str(tmp_path / "root"))
+        assert mounted(tmp_path / "root" / "inner") == []
+
+    in_private_namespace(work)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from shimv2.bundle import Bundle, ContainerKind
-from shimv2.errors import InvalidArgument
+from shimv2.errors import InvalidArgument, ShimError
 from shimv2.journal import Journal
-from shimv2.mounts import MountFailed
+from shimv2.mounts import MS_PRIVATE, MS_SLAVE, MountFailed
 from shimv2.rootfs import Share, sandbox_dns
 from tests.shimv2.shim_bench import FakeMounts, overlay, spec
 
@@ -29,10 +29,10 @@ class Bench:
         self.path = root / "bundle"
         (self.path / "rootfs").mkdir(parents=True)
 
-    def bundle(self, *mounts: dict[str, Any]) -> Bundle:
+    def bundle(self, *mounts: dict[str, Any], container: str = "c1") -> Bundle:
         config = spec(mounts=list(mounts))
         return Bundle(
-            container_id="c1",
+            container_id=container,
             path=self.path,
             spec=config,
             kind=ContainerKind.SINGLE,
@@ -91,7 +91,7 @@ def test_files_and_directories_are_bound_each_on_its_kind(bench: Bench, tmp_path
     )
     assert [str(path) for path in paths.sources.values()] == [
         "/run/kata-containers/shared/containers/volume:1-file",
-        "/run/kata-containers/shared/containers/volume:2-dir",
+        "/run/kata-containers/sandbox/volumes/volume:2-dir",
     ]
     assert (bench.state / "mounts/volume:1-file").is_file()
     assert (bench.state / "mounts/volume:2-dir").is_dir()
@@ -155,3 +155,81 @@ def test_the_pods_resolv_conf_is_read_when_the_spec_brings_one(
         "nameserver 1.2.3.4"
     ]
     assert sandbox_dns(bench.bundle()) == []
+
+
+def test_containers_of_a_pod_have_one_entry_for_one_directory(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    one = bench.share.add(bench.bundle(bind(tmp_path / "dir")), [overlay()])
+    two = bench.share.add(bench.bundle(bind(tmp_path / "dir"), container="c2"), [overlay()])
+    other = bench.share.add(bench.bundle(bind(tmp_path / "dir", "/v", "ro"), container="c3"), [])
+    assert one.sources == two.sources != other.sources
+    assert one.storages == two.storages
+    assert one.storages[0].mount_point == str(one.sources[0])
+    bench.share.remove("c1")
+    assert "volume:1-dir" in os.listdir(bench.state / "mounts")
+    bench.share.remove("c2")
+    assert sorted(os.listdir(bench.state / "mounts")) == ["c3", "volume:2-dir"]
+
+
+def test_a_directory_that_was_replaced_is_another_volume(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    one = bench.share.add(bench.bundle(bind(tmp_path / "dir")), [])
+    (tmp_path / "dir").rename(tmp_path / "old")
+    (tmp_path / "dir").mkdir()
+    two = bench.share.add(bench.bundle(bind(tmp_path / "dir"), container="c2"), [])
+    assert one.sources != two.sources
+
+
+@pytest.mark.parametrize(
+    ("options", "propagation", "notes"),
+    [
+        ([], MS_SLAVE, 0),
+        (["rprivate"], MS_PRIVATE, 0),
+        (["private", "rslave"], MS_SLAVE, 0),
+        (["rshared"], MS_SLAVE, 1),
+    ],
+)
+def test_propagation_is_set_on_the_host(
+    bench: Bench, tmp_path: Path, options: list[str], propagation: int, notes: int
+) -> None:
+    (tmp_path / "dir").mkdir()
+    paths = bench.share.add(bench.bundle(bind(tmp_path / "dir", "/v", *options)), [])
+    assert bench.calls.propagation[-1] == propagation
+    assert len(paths.notes) == notes
+
+
+def test_a_volume_that_cannot_be_bound_leaves_nothing(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    bench.calls.bind_error = MountFailed("bind", "/x", errno.EINVAL)
+    with pytest.raises(ShimError, match=r"mount /v: binding .*/dir for the VM: Invalid argument"):
+        bench.share.add(bench.bundle(bind(tmp_path / "dir")), [overlay()])
+    assert os.listdir(bench.state / "mounts") == ["c1"]
+
+
+def test_only_an_empty_dir_is_writable_for_who_asked_for_reading(
+    bench: Bench, tmp_path: Path
+) -> None:
+    empty_dir = tmp_path / "pods/u/volumes/kubernetes.io~empty-dir/e"
+    config_map = tmp_path / "pods/u/volumes/kubernetes.io~configmap/c"
+    for directory in (empty_dir, config_map):
+        directory.mkdir(parents=True)
+    paths = bench.share.add(
+        bench.bundle(bind(empty_dir, "/e", "ro"), bind(config_map, "/c", "ro")), []
+    )
+    assert [call[3] for call in bench.calls.calls[-2:]] == [False, True]
+    assert [storage.driver for storage in paths.storages] == ["bind", "watchable-bind"]
+
+
+def test_the_operators_mounts_are_in_the_share_before_any_container(
+    bench: Bench, tmp_path: Path
+) -> None:
+    (tmp_path / "note").write_text("x")
+    bench.share.add_sandbox_mounts([str(tmp_path / "note")])
+    target = bench.state / "mounts/sandbox-mounts/note"
+    assert bench.calls.calls[-1] == ("bind", str(tmp_path / "note"), str(target), True)
+    assert bench.journal.undo() == []
+
+
+def test_a_fifo_for_a_resolv_conf_is_not_waited_for(bench: Bench, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r")
+    assert sandbox_dns(bench.bundle(bind(tmp_path / "r", "/etc/resolv.conf"))) == []

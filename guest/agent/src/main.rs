@@ -4,6 +4,7 @@
 //! it is a plain process without those duties, which is how tests on a host drive it.
 
 mod agent;
+mod beneath;
 mod block;
 mod boot;
 mod cgroup;

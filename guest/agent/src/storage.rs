@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::agent::Agent;
 use crate::pb::grpc::Storage;
 use crate::status::{Context, Result, Status};
-use crate::{block, fs_group, hugepages, mount_options, overlay, warn, watchable};
+use crate::{beneath, block, fs_group, hugepages, mount_options, overlay, warn, watchable};
 
 /// Handlers that `GetGuestDetails` names. Source: kata agent protocol, storage drivers.
 pub const HANDLERS: [&str; 10] = [
@@ -28,12 +28,17 @@ pub const HANDLERS: [&str; 10] = [
     "watchable-bind",
 ];
 
+/// The host's files. Source: kata agent protocol, the `virtio-fs` storage's mount point.
+const SHARE: &str = "/run/kata-containers/shared/containers/";
+
 /// One mount point in use.
 pub struct Mounted {
     users: usize,
     /// Stays until the sandbox ends.
     for_sandbox: bool,
     is_mount: bool,
+    /// Where in the share it comes from: looked at, the kernel has mounted the host's mount there.
+    shared_source: Option<String>,
     watcher: Option<tokio::task::AbortHandle>,
 }
 
@@ -59,8 +64,13 @@ impl Agent {
     }
 
     async fn add_storage(&self, storage: &Storage) -> Result<Mounted> {
-        let mut mounted =
-            Mounted { users: 1, for_sandbox: storage.shared, is_mount: true, watcher: None };
+        let mut mounted = Mounted {
+            users: 1,
+            for_sandbox: storage.shared,
+            is_mount: true,
+            shared_source: storage.source.starts_with(SHARE).then(|| storage.source.clone()),
+            watcher: None,
+        };
         match storage.driver.as_str() {
             "virtio-fs" | "bind" | "nvdimm" => mount_storage(storage, &storage.source)?,
             "blk" | "scsi" | "mmioblk" => {
@@ -120,6 +130,11 @@ impl Mounted {
         if let Err(error) = umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             warn!("unmounting {target}: {error}");
         }
+        if let Some(source) = self.shared_source {
+            // While the guest has it the host can't let it go. Nothing is mounted there if it was a
+            // file, or no mount of the host's.
+            let _ = umount2(source.as_str(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
         // A mount point inside the shared tree belongs to the host.
         let _ = fs::remove_dir(target);
     }
@@ -146,10 +161,17 @@ pub fn mount_storage(storage: &Storage, source: &str) -> Result<()> {
     let target = Path::new(&storage.mount_point);
     let options = mount_options::parse(&storage.options);
     let is_bind = options.flags.mount.contains(MsFlags::MS_BIND) || storage.driver == "bind";
-    make_target(target, is_bind && Path::new(source).is_file())?;
+    // What is bound may lie in a volume that a container writes to: no link of its leads elsewhere.
+    let held = if is_bind && source.starts_with(beneath::SHARED_STATE) {
+        Some(beneath::open_plain(Path::new(source)).context(|| format!("opening {source}"))?)
+    } else {
+        None
+    };
+    let from = held.as_ref().map_or_else(|| source.into(), beneath::by_descriptor);
+    make_target(target, is_bind && from.is_file())?;
     let flags = if is_bind { options.flags.mount | MsFlags::MS_BIND } else { options.flags.mount };
     let fstype = (!is_bind).then_some(storage.fstype.as_str());
-    mount(Some(source), target, fstype, flags, Some(options.data.as_str()))
+    mount(Some(&from), target, fstype, flags, Some(options.data.as_str()))
         .context(|| format!("mounting {source}"))?;
     // The kernel ignores everything but "recursive" in the first call of a bind.
     let rest = flags - MsFlags::MS_BIND - MsFlags::MS_REC;
@@ -199,7 +221,7 @@ fn ephemeral(storage: &Storage) -> Result<()> {
         hugepages::reserve(&storage.options)?;
     }
     mount_storage(&storage, &storage.source)?;
-    set_group(&storage.mount_point, group.as_deref())
+    set_group(Path::new(&storage.mount_point), group.as_deref())
 }
 
 /// A directory of the guest, or of the shared tree.
@@ -207,17 +229,21 @@ fn local(storage: &Storage) -> Result<()> {
     let (group, options) = take_option(&storage.options, "fsgid");
     let (mode, _) = take_option(&options, "mode");
     let path = &storage.mount_point;
-    let existed = Path::new(path).is_dir();
-    fs::create_dir_all(path).context(|| format!("making {path}"))?;
-    if let Some(mode) = mode.filter(|_| !existed) {
+    let made = beneath::make_directories(Path::new(path));
+    let (directory, is_new) = made.context(|| format!("making {path}"))?;
+    if !is_new {
+        return Ok(()); // its owner and mode are its users' by now
+    }
+    let held = beneath::by_descriptor(&directory);
+    if let Some(mode) = mode {
         let mode = u32::from_str_radix(&mode, 8).context(|| format!("mode {mode:?}"))?;
-        fs::set_permissions(path, Permissions::from_mode(mode & 0o7777))
+        fs::set_permissions(&held, Permissions::from_mode(mode & 0o7777))
             .context(|| format!("mode of {path}"))?;
     }
-    set_group(path, group.as_deref())
+    set_group(&held, group.as_deref()).context(|| path.clone())
 }
 
-fn set_group(path: &str, group: Option<&str>) -> Result<()> {
+fn set_group(path: &Path, group: Option<&str>) -> Result<()> {
     let Some(group) = group else { return Ok(()) };
     let gid: u32 = group.parse().context(|| format!("fsgid {group:?}"))?;
     let set = || {
@@ -225,5 +251,5 @@ fn set_group(path: &str, group: Option<&str>) -> Result<()> {
         let mode = fs::metadata(path)?.permissions().mode();
         fs::set_permissions(path, Permissions::from_mode(mode | 0o2000))
     };
-    set().context(|| format!("group {gid} of {path}"))
+    set().context(|| format!("giving {} to group {gid}", path.display()))
 }

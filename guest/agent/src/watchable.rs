@@ -1,26 +1,41 @@
 //! Directories that a host changes under us (configmaps, secrets), copied so that the container
 //! sees the change as one.
 //!
-//! virtio-fs carries no inotify events to the guest, so the source is looked at every two seconds.
-//! Source: kata agent protocol, `watchable-bind`: 16 files and 1 MiB, otherwise a plain bind.
+//! virtio-fs carries no inotify events to the guest, so the source is looked at again and again: at
+//! kubelet's one link that each update replaces, where there is one, otherwise at every file.
+//! Source: kata agent protocol, `watchable-bind`; Kubernetes pkg/volume/util/atomic_writer.go.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use crate::pb::grpc::Storage;
 use crate::status::{Context, Result};
 use crate::storage::mount_storage;
-use crate::{info, warn};
+use crate::warn;
 
-const MAX_FILES: usize = 16;
-const MAX_BYTES: u64 = 1 << 20;
-const INTERVAL: Duration = Duration::from_secs(2);
+/// A tree that is larger at first is bound as it is: changes are seen, but have no events.
+const AT_FIRST: Limits = Limits { entries: 128, bytes: 2 << 20 };
+/// One that has grown this large is followed no further.
+const LATER: Limits = Limits { entries: 4096, bytes: 14 << 20 };
+const TMPFS_OPTIONS: [&str; 3] = ["mode=0755", "size=32m", "nr_inodes=16384"];
+/// Longer than the second for which virtio-fs answers from what it remembers.
+const INTERVAL: Duration = Duration::from_millis(1100);
+/// The link that leads to the present content of kubelet's volumes.
+const DATA_LINK: &str = "..data";
+
+#[derive(Clone, Copy)]
+struct Limits {
+    entries: usize,
+    bytes: u64,
+}
 
 /// What a path was when it was last copied.
 #[derive(Clone, PartialEq)]
@@ -36,7 +51,7 @@ type Tree = BTreeMap<PathBuf, Seen>;
 pub fn start(storage: &Storage) -> Result<AbortHandle> {
     let source = PathBuf::from(&storage.source);
     let target = PathBuf::from(&storage.mount_point);
-    let tree = scan(&source).context(|| format!("reading {}", source.display()))?;
+    let tree = scan(&source, AT_FIRST).context(|| format!("reading {}", source.display()))?;
     let Some(tree) = tree else {
         let plain = Storage { driver: "bind".to_owned(), ..storage.clone() };
         mount_storage(&plain, &storage.source)?;
@@ -50,7 +65,7 @@ pub fn start(storage: &Storage) -> Result<AbortHandle> {
         let tmpfs = Storage {
             driver: "ephemeral".to_owned(),
             fstype: "tmpfs".to_owned(),
-            options: vec!["mode=0755".to_owned(), "size=2m".to_owned()],
+            options: TMPFS_OPTIONS.map(str::to_owned).to_vec(),
             ..storage.clone()
         };
         mount_storage(&tmpfs, "tmpfs")?;
@@ -61,28 +76,47 @@ pub fn start(storage: &Storage) -> Result<AbortHandle> {
 }
 
 async fn follow(source: PathBuf, target: PathBuf, mut last: Tree) {
+    // A change between the first copy and now is found by the first look.
+    let mut link = None;
     loop {
-        tokio::time::sleep(INTERVAL).await;
-        match scan(&source) {
+        tokio::time::sleep_until(next_look()).await;
+        let seen = fs::read_link(source.join(DATA_LINK)).ok();
+        if seen.is_some() && seen == link {
+            continue;
+        }
+        match scan(&source, LATER) {
             Ok(Some(now)) if now != last => match copy(&source, &target, &last, &now) {
                 Ok(()) => last = now,
-                Err(error) => warn!("copying {}: {error}", source.display()),
+                Err(error) => {
+                    // Perhaps changed meanwhile: all of it is looked at again.
+                    warn!("copying {}: {error}", source.display());
+                    continue;
+                }
             },
             Ok(Some(_)) => {}
-            Ok(None) => {
-                info!("{} has grown too large to follow", source.display());
-                return;
+            Ok(None) => warn!("{} is too large to be followed", source.display()),
+            Err(error) => {
+                warn!("reading {}: {error}", source.display());
+                continue;
             }
-            Err(error) => warn!("reading {}: {error}", source.display()),
         }
+        link = seen;
     }
 }
 
+/// All trees are looked at together, so that an idle guest wakes up once.
+fn next_look() -> Instant {
+    static FIRST: OnceLock<Instant> = OnceLock::new();
+    let first = *FIRST.get_or_init(Instant::now);
+    let turns = first.elapsed().as_millis() / INTERVAL.as_millis() + 1;
+    first + INTERVAL * u32::try_from(turns).unwrap_or(u32::MAX)
+}
+
 /// Everything below the source by relative path; none if it exceeds the limits.
-fn scan(source: &Path) -> io::Result<Option<Tree>> {
+fn scan(source: &Path, limits: Limits) -> io::Result<Option<Tree>> {
     let mut tree = Tree::new();
     let mut pending = vec![PathBuf::new()];
-    let (mut files, mut bytes) = (0, 0);
+    let mut bytes = 0;
     while let Some(relative) = pending.pop() {
         let path = join(source, &relative);
         let status = fs::symlink_metadata(&path)?;
@@ -91,10 +125,9 @@ fn scan(source: &Path) -> io::Result<Option<Tree>> {
                 pending.push(relative.join(entry?.file_name()));
             }
         } else {
-            files += 1;
             bytes += status.len();
         }
-        if files > MAX_FILES || bytes > MAX_BYTES || pending.len() > 4 * MAX_FILES {
+        if tree.len() + pending.len() > limits.entries || bytes > limits.bytes {
             return Ok(None);
         }
         let modified = (status.mtime(), status.mtime_nsec());
@@ -125,13 +158,15 @@ fn copy(source: &Path, target: &Path, last: &Tree, now: &Tree) -> io::Result<()>
         let status = fs::symlink_metadata(&from)?;
         if status.is_dir() {
             fs::create_dir_all(&to)?;
+            chown(&to, Some(status.uid()), Some(status.gid()))?;
             fs::set_permissions(&to, fs::Permissions::from_mode(status.mode() & 0o7777))?;
         } else if status.is_symlink() {
             links.push((fs::read_link(&from)?, to));
         } else if status.is_file() {
             let temporary = beside(&to);
             fs::copy(&from, &temporary)?;
-            std::os::unix::fs::chown(&temporary, Some(status.uid()), Some(status.gid()))?;
+            chown(&temporary, Some(status.uid()), Some(status.gid()))?;
+            fs::set_permissions(&temporary, fs::Permissions::from_mode(status.mode() & 0o7777))?;
             fs::rename(&temporary, &to)?;
         }
     }
@@ -172,7 +207,7 @@ mod tests {
         fs::write(source.join("..data_1/key"), "one").unwrap();
         symlink("..data_1", source.join("..data")).unwrap();
         symlink("..data/key", source.join("key")).unwrap();
-        let first = scan(&source).unwrap().unwrap();
+        let first = scan(&source, AT_FIRST).unwrap().unwrap();
         copy(&source, &target, &Tree::new(), &first).unwrap();
         assert_eq!(fs::read_to_string(target.join("key")).unwrap(), "one");
 
@@ -181,7 +216,7 @@ mod tests {
         symlink("..data_2", source.join("..tmp")).unwrap();
         fs::rename(source.join("..tmp"), source.join("..data")).unwrap();
         fs::remove_dir_all(source.join("..data_1")).unwrap();
-        let second = scan(&source).unwrap().unwrap();
+        let second = scan(&source, AT_FIRST).unwrap().unwrap();
         copy(&source, &target, &first, &second).unwrap();
         assert_eq!(fs::read_to_string(target.join("key")).unwrap(), "two");
         assert!(!target.join("..data_1").exists());
@@ -192,10 +227,11 @@ mod tests {
     #[test]
     fn tree_beyond_the_limits_is_not_followed() {
         let source = scratch("large");
-        for number in 0..=MAX_FILES {
+        for number in 0..AT_FIRST.entries {
             fs::write(source.join(number.to_string()), "").unwrap();
         }
-        assert!(scan(&source).unwrap().is_none());
+        assert!(scan(&source, AT_FIRST).unwrap().is_none());
+        assert!(scan(&source, LATER).unwrap().is_some());
         fs::remove_dir_all(source).unwrap();
     }
 }
