@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn tree_beyond_the_limits_is_not_followed() {
         let source = scratch("large");
-        for number in 0..AT_FIRST.entries {
+        for number in 0..=AT_FIRST.entries {
             fs::write(source.join(number.to_string()), "").unwrap();
         }
         assert!(scan(&source, AT_FIRST).unwrap().is_none());
