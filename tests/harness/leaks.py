@@ -42,6 +42,8 @@ _KEPT_DIRECTORIES = {
     "/run/containerd/io.containerd.grpc.v1.cri/containers",
     "/run/containerd/io.containerd.grpc.v1.cri/sandboxes",
     f"{STATE}/{_TASKS}/k8s.io",
+    f"{STATE}/{_TASKS}/moby",
+    f"{ROOT}/{_TASKS}/moby",
     f"{ROOT}/{_TASKS}/k8s.io",
     f"{ADDRESSES}/pods",
     ADDRESSES,

@@ -24,6 +24,7 @@ VERSION = "2.0.3"
 BRIDGE = "nerdctl0"
 _DATA = "/var/lib/nerdctl"
 _NETWORKS = "/etc/nerdctl-cni"
+_ADDRESSES = "/var/lib/cni/networks"
 
 
 class NerdctlMissing(Exception):
@@ -82,6 +83,13 @@ class Nerdctl:
         address: str = self.inspect(container)["NetworkSettings"]["IPAddress"]
         return address
 
+    def held_addresses(self, network: str) -> list[str]:
+        """List the addresses that CNI's host-local has given away in a network."""
+        directory = self.node.path(f"{_ADDRESSES}/{network}")
+        if not directory.exists():
+            return []
+        return sorted(path.name for path in directory.iterdir() if path.name[0].isdigit())
+
     def run(
         self, *options: str, command: Sequence[str] = (), image: str = BUSYBOX_IMAGE
     ) -> subprocess.CompletedProcess[str]:
@@ -89,9 +97,17 @@ class Nerdctl:
         return self("run", *options, image, *command, check=False)
 
     def remove_everything(self) -> None:
-        """Remove all containers and networks, and the bridge that stays without any."""
+        """Remove all containers and networks, and what nerdctl and CNI leave with any runtime.
+
+        Raises AssertionError if an address is still given away.
+        """
         listed = self("ps", "-aq", check=False).stdout.split()
         if listed:
             self("rm", "-f", *listed, check=False)
         self("network", "prune", "-f", check=False)
-        self.node.run(["ip", "link", "delete", BRIDGE], check=False)
+        networks = self.node.path(_ADDRESSES)
+        for network in networks.iterdir() if networks.exists() else ():
+            held = self.held_addresses(network.name)
+            assert not held, f"{network.name}: still given away: {held}"
+        script = f"ip link delete {BRIDGE}; rm -rf {_ADDRESSES} /run/containerd/fifo/*"
+        self.node.run(["sh", "-c", script])
