@@ -46,7 +46,7 @@ from .machine import (
     SharedDirectory,
     UnixVsock,
 )
-from .supervision import close_socket
+from .supervision import EXIT_GRACE_S, close_socket
 from .vmm_dir import SOCKET_NAME, VmmDirectory
 
 if TYPE_CHECKING:
@@ -141,9 +141,7 @@ class CloudHypervisor:
                 account=account, has_landlock=has_landlock,
             )  # fmt: skip
             await _start(machine, spec, child, api, clh_config.vm_config(spec, host))
-            for device in spec.devices:
-                if isinstance(device, HybridVsock):
-                    directory.publish(device)
+            _publish(spec, directory)
             machine.keep(undo.pop_all())
             return machine
 
@@ -300,6 +298,16 @@ def _open_host_side(
     )
 
 
+def _publish(spec: MachineSpec, directory: VmmDirectory) -> None:
+    for device in spec.devices:
+        if isinstance(device, HybridVsock):
+            try:
+                directory.publish(device)
+            except OSError as error:
+                ending = f"has no vsock for {device.uds_path} ({error.strerror})"
+                raise LaunchFailed(NAME, ending, ()) from error
+
+
 async def _start(
     machine: ClhMachine,
     spec: MachineSpec,
@@ -321,7 +329,9 @@ async def _start(
         except HttpRejected as error:
             ending, cause = f"refused {error.target}: {error.text}", error
         except ControlLost as error:
-            ending, cause = str(await child.wait()), error
+            ending, cause = f"does not serve its API ({error.why})", error
+            with trio.move_on_after(EXIT_GRACE_S):
+                ending = str(await child.wait())
         except CommandTimeout as error:
             cause = error
         except ControlError as error:
