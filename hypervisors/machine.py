@@ -154,13 +154,15 @@ class VmExit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestAddress:
-    """Where the guest finds a device.
+    """Where the guest finds a device: by its place, or, without PCI, by the name it will have.
 
     `pci_path` is the chain of slots from the root bus, hexadecimal, "10/00" for a device behind the
     root port in slot 0x10. Source: agent.proto Storage.source and Device.id of driver "blk".
+    `node` is the guest's node, "/dev/vdb". Source: the same of driver "mmioblk".
     """
 
-    pci_path: str
+    pci_path: str = ""
+    node: str = ""
 
 
 class VmEventKind(Enum):

@@ -25,7 +25,7 @@ from agent_proto.errors import AgentError, AgentMisbehaved, AgentTimeout
 from agent_proto.readiness import ReadinessListener
 from agent_proto.vsock import LONGEST_PAUSE_S, dial, dial_until
 from hypervisors.machine import MachineSpec, Rng, SharedDirectory, VmExit
-from shimv2.errors import DeadlineExceeded, Unavailable
+from shimv2.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from shimv2.failure import WAITING
 from shimv2.guest_vsock import GuestVsock
 from shimv2.rootfs import SHARE_TAG
@@ -103,14 +103,24 @@ def check_machine(
     Raises:
         PreconditionFailed, Unsupported: as `Hypervisor.check`.
         InvalidArgument: a socket's path would be too long.
+        FailedPrecondition: no way for files into the guest.
     """
     hypervisor = machinery.hypervisor
     can = hypervisor.capabilities(machine_spec(sandbox_id, plan, state))
-    plan = plan.within(max_vcpus=can.max_vcpus)
+    plan = plan.within(
+        max_vcpus=can.max_vcpus, shares=can.shared_directory, disks=can.block_hotplug
+    )
     # The kernel's vsock device, where there is one, is checked by being opened later.
     vsock = GuestVsock(state, can, None).device()
+    if not plan.shares and not plan.disks:
+        raise FailedPrecondition(
+            f"{hypervisor.name} has no way to give a container its files: without a shared "
+            "directory it needs block devices; set hotplug_ports above 0 and "
+            'disable_block_device_use = false, or shared_fs = "virtio-fs"'
+        )
     hypervisor.check(machine_spec(sandbox_id, plan, state, vsock))
-    machinery.check_virtiofsd(plan.virtiofsd, plan.virtiofsd_cache)
+    if plan.shares:
+        machinery.check_virtiofsd(plan.virtiofsd, plan.virtiofsd_cache)
     return plan
 
 
@@ -156,6 +166,11 @@ class Machine:
         self.boot_ms: dict[str, float] = {}  # the agent's own account of its start
         # Only an agent that reports readiness is known to keep output after a process's exit.
         self.keeps_output = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether the guest has a directory of the host's."""
+        return self._plan.shares
 
     @property
     def pid(self) -> int:
@@ -229,7 +244,8 @@ class Machine:
         async with ReadinessListener.listen(vsock.endpoint(self._plan.ready_port)) as listener:
             spec = self._spec(vsock.device(), listener.port)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._start_virtiofsd)
+                if self._plan.shares:
+                    nursery.start_soon(self._start_virtiofsd)
                 if vsock.needs_daemon:
                     nursery.start_soon(self._start_vsock_device, vsock)
             self._timeline.mark("helpers")
@@ -389,6 +405,7 @@ def machine_spec(
     if ready_port is None:
         ready_port = plan.ready_port
     share = SharedDirectory(id="share0", tag=SHARE_TAG, socket=state.socket(_SHARE_SOCKET))
+    shares = (share,) if plan.shares else ()
     return MachineSpec(
         id=sandbox_id,
         kernel=plan.kernel,
@@ -402,7 +419,7 @@ def machine_spec(
         run_dir=state.directory,
         accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration
         machine_type=plan.machine_type,
-        devices=(share, *([vsock] if vsock else ()), Rng(), *network),
+        devices=(*shares, *([vsock] if vsock else ()), Rng(), *network),
         hotplug_ports=plan.hotplug_ports,
         unprivileged=plan.unprivileged,
     )

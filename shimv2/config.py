@@ -48,6 +48,7 @@ class HypervisorConfig:
     virtio_fs_queue_size: int = 1024
     vsock_daemon: Path = Path("/usr/libexec/kata-shimv2/vhost-device-vsock")
     disable_block_device_use: bool = False
+    rootfs_image_size_mib: int = 10240
     disable_vhost_net: bool = False
     enable_hugepages: bool = False
     enable_mem_prealloc: bool = False

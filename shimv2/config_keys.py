@@ -30,7 +30,7 @@ _HYPERVISOR: dict[str, Row] = {
     "hotplug_ports": ("hotplug_ports", "int", 0, 64),
     "rootless": ("rootless", "bool"),
     "enable_debug": ("enable_debug", "bool"),
-    "shared_fs": ("shared_fs", "choice", 0, 0, ("virtio-fs",)),
+    "shared_fs": ("shared_fs", "choice", 0, 0, ("virtio-fs", "none")),
     "virtio_fs_daemon": ("virtio_fs_daemon", "path"),
     "virtio_fs_cache": (
         "virtio_fs_cache", "choice", 0, 0, ("auto", "always", "never", "metadata", "none"),
@@ -38,6 +38,7 @@ _HYPERVISOR: dict[str, Row] = {
     "virtio_fs_queue_size": ("virtio_fs_queue_size", "int", 64, 1024),
     "vsock_daemon": ("vsock_daemon", "path"),
     "disable_block_device_use": ("disable_block_device_use", "bool"),
+    "rootfs_image_size": ("rootfs_image_size_mib", "int", 16, 16 << 20),
     "disable_vhost_net": ("disable_vhost_net", "bool"),
     "enable_hugepages": ("enable_hugepages", "bool"),
     "enable_mem_prealloc": ("enable_mem_prealloc", "bool"),
@@ -139,7 +140,6 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     "hypervisor": {
         "memory_slots": "the backend lays out as many slots as the maximum of memory needs",
         "virtio_fs_queue_size": "the backend chooses the queue's size",
-        "disable_block_device_use": "block devices are never used; files go over virtio-fs",
         "enable_hugepages": "the VM's memory is ordinary pages, huge where the host makes them so",
         "enable_mem_prealloc": "the VM's memory is taken when the guest first touches it",
         "entropy_source": "the guest's entropy comes from the host's urandom",

@@ -31,20 +31,23 @@ def sandbox_request(
     kernel_modules: Sequence[str] = (),
     *,
     shm_bytes: int = 0,
+    shares: bool = True,
 ) -> agent_pb2.CreateSandboxRequest:
-    """Mount the share, and for a pod the /dev/shm that its containers have in common.
+    """Mount the share if there is one, and a pod's /dev/shm, which its containers have in common.
 
     `shm_bytes` is the size of the host's; 0 stands for the usual one. Each of `kernel_modules` is a
     name and its parameters, as in modprobe's command line.
     """
-    storages = [
-        agent_pb2.Storage(
-            driver="virtio-fs",
-            source=SHARE_TAG,
-            fstype="virtiofs",
-            mount_point=f"{SHARED_DIRECTORY}/",
+    storages = []
+    if shares:
+        storages.append(
+            agent_pb2.Storage(
+                driver="virtio-fs",
+                source=SHARE_TAG,
+                fstype="virtiofs",
+                mount_point=f"{SHARED_DIRECTORY}/",
+            )
         )
-    ]
     if bundle.kind is ContainerKind.SANDBOX or pod_shm(bundle.spec) is not None:
         storages.append(
             agent_pb2.Storage(
@@ -87,5 +90,6 @@ def container_request(
             seccomp=seccomp,
         ),
         storages=paths.storages,
+        devices=paths.devices,
         sandbox_pidns=shares_sandbox_pid_namespace(bundle.spec),
     )

@@ -8,23 +8,23 @@ another `take`. Who asks for what and when is the sandbox's business (`sandbox`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import trio
+
 from agent_proto.limits import AgentTimeouts
 from shimv2.boot import Machine, Machinery
 from shimv2.cleanup import remove_state
+from shimv2.container_files import ContainerFiles, Prepared
 from shimv2.errors import Unavailable
 from shimv2.journal import DEFERRED, Journal
 from shimv2.logger import start_logger
-from shimv2.rootfs import GuestPaths, MountCalls, Share
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
 
 if TYPE_CHECKING:
-    import trio
-
     from agent_proto.client import AgentClient
     from hypervisors.child import ChildRecord
     from shimv2.bootstrap import ShimInvocation
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from shimv2.host_hooks import HostHooks
     from shimv2.journal import Entry
     from shimv2.machine_plan import MachinePlan
-    from shimv2.mounts import RootfsMount
+    from shimv2.rootfs import GuestPaths, MountCalls
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand
     from shimv2.timeline import Timeline
@@ -67,8 +67,8 @@ class HostResources:
         self._parts = parts
         self._log = log
         self._journal: Journal | None = None
-        self._share: Share | None = None
         self._vcpus = 1
+        self._files: ContainerFiles | None = None
         self.machine: Machine | None = None
         self.network: SandboxNetwork | None = None
         self._is_given_back = False
@@ -104,15 +104,16 @@ class HostResources:
             raise
         self._vcpus = plan.vcpus
         self._enter = timeline.enter
-        self._share = Share(self._state_dir.directory, journal, self._parts.mounts)
-        self._share.prepare()
-        self._share.add_sandbox_mounts(config.runtime.sandbox_bind_mounts)
+        self._files = ContainerFiles(
+            self._state_dir.directory, journal, self._parts.mounts, plan, self._log
+        )
+        self._files.open(config.runtime.sandbox_bind_mounts)
         self.machine = Machine(
             self._invocation.sandbox_id,
             plan,
             machinery,
             state=self._state_dir,
-            share=self._share.path,
+            share=self._files.share.path,
             journal=journal,
             jobs=jobs,
             timeline=timeline,
@@ -195,18 +196,30 @@ class HostResources:
                 await self._hooks.stopped(container_id)
             self._close_journal()
 
-    def add_to_share(self, bundle: Bundle, rootfs: Sequence[RootfsMount]) -> GuestPaths:
-        """Show a container's filesystems to the guest; as `Share.add`."""
-        assert self._share is not None
-        paths = self._share.add(bundle, rootfs)
-        for note in paths.notes:
-            self._log.warning("volume", container_id=bundle.container_id, text=note)
-        return paths
+    @property
+    def files(self) -> ContainerFiles:
+        """The containers' file systems, from `take` on."""
+        assert self._files is not None
+        return self._files
 
-    def remove_from_share(self, container_id: str) -> None:
-        """Take them back; what can't be is logged and stays in the journal."""
-        if self._share is not None:
-            for problem in self._share.remove(container_id):
+    def writers(self) -> set[str]:
+        """The containers whose disks the guest must unmount before the machine is stopped."""
+        return self._files.writers() if self._files is not None else set()
+
+    async def hand_over(self, prepared: Prepared) -> GuestPaths:
+        """Give a container's prepared file systems to the guest; as `ContainerFiles.hand_over`."""
+        machine = self.machine
+        if machine is None or machine.vm is None or machine.agent is None:
+            raise Unavailable("the virtual machine is gone")
+        return await self.files.hand_over(prepared, machine.vm, machine.agent)
+
+    async def remove_files(self, container_id: str) -> None:
+        """Take a container's back; what can't be is logged and stays in the journal. Shielded."""
+        if self._files is None:
+            return
+        vm = self.machine.vm if self.machine is not None else None
+        with trio.CancelScope(shield=True):  # each disk has the bound of `detach`
+            for problem in await self._files.release(container_id, vm):
                 self._log.warning("cleanup", container_id=container_id, problem=problem)
 
     async def start_logger(
@@ -257,6 +270,8 @@ class HostResources:
         if self._hooks is not None:
             await self._hooks.release_holder()
         self._is_given_back = True
+        if self._files is not None:
+            self._files.close()
         if self._journal is None:
             return
         for problem in self._journal.undo():
@@ -267,6 +282,7 @@ class HostResources:
         """After `give_back` of a failed attempt: the next one starts with nothing."""
         self.machine = None
         self.network = None
+        self._files = None
         self._hooks = None
         self._is_given_back = False
 

@@ -25,7 +25,7 @@ from shimv2.host_process import boot_id, is_alive, start_time_ticks
 from shimv2.undo import UNDO, Outcome, is_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 VERSION = 1
 Value = str | int
@@ -130,16 +130,24 @@ class Journal:
 
         What is `DEFERRED` stays held.
         """
+        return self.undo_some(
+            [
+                entry
+                for entry in self.held
+                if entry.kind not in DEFERRED
+                and (container is None or entry.container == container)
+            ]
+        )
+
+    def undo_some(self, entries: Sequence[Entry]) -> list[str]:
+        """Undo and release these, the last one first; return the problems."""
         problems: list[str] = []
-        for entry in reversed(self.held):
-            if entry.kind in DEFERRED:
-                continue
-            if container is None or entry.container == container:
-                outcome = _undo_one(entry, os.path.dirname(self.path))
-                if outcome is None:
-                    self.release(entry)
-                else:
-                    problems.append(outcome)
+        for entry in reversed(entries):
+            outcome = _undo_one(entry, os.path.dirname(self.path))
+            if outcome is None:
+                self.release(entry)
+            else:
+                problems.append(outcome)
         return problems
 
     def close(self) -> None:

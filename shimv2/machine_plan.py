@@ -39,11 +39,18 @@ class MachinePlan:
     ready_port: int
     hotplug_ports: int
     unprivileged: bool
+    shares: bool  # files of the host reach the guest over a shared directory
+    disks: bool  # block devices are plugged in while the guest runs
+    rootfs_image_mib: int
 
-    def within(self, *, max_vcpus: int) -> MachinePlan:
-        """Return the plan with no more vCPUs than a backend can have; big hosts have more."""
+    def within(self, *, max_vcpus: int, shares: bool = True, disks: bool = True) -> MachinePlan:
+        """Return the plan with no more than a backend can do; big hosts have more vCPUs."""
         return replace(
-            self, vcpus=min(self.vcpus, max_vcpus), max_vcpus=min(self.max_vcpus, max_vcpus)
+            self,
+            vcpus=min(self.vcpus, max_vcpus),
+            max_vcpus=min(self.max_vcpus, max_vcpus),
+            shares=self.shares and shares,
+            disks=self.disks and disks,
         )
 
 
@@ -97,6 +104,9 @@ def plan_machine(config: RuntimeConfig, limits: Limits | None = None) -> Machine
         ready_port=config.agent.ready_port,
         hotplug_ports=hypervisor.hotplug_ports,
         unprivileged=hypervisor.rootless,
+        shares=hypervisor.shared_fs != "none",
+        disks=not hypervisor.disable_block_device_use and hypervisor.hotplug_ports > 0,
+        rootfs_image_mib=hypervisor.rootfs_image_size_mib,
     )
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, Protocol
@@ -40,9 +40,9 @@ from shimv2.volume_plan import (
 from shimv2.volume_source import mount_table, opened, shm_bytes
 
 if TYPE_CHECKING:
-    from agent_proto.pb.agent_pb2 import Storage
+    from agent_proto.pb.agent_pb2 import Device, Storage
     from shimv2.bundle import Bundle
-    from shimv2.journal import Journal
+    from shimv2.journal import Entry, Journal
 
 SHARE_TAG: Final = "kataShared"  # Source: Kata: the tag that agents mount
 _MAX_RESOLV_CONF_BYTES: Final = 64 << 10
@@ -72,6 +72,7 @@ class GuestPaths:
     root: PurePosixPath
     sources: dict[int, PurePosixPath] = field(default_factory=dict)  # by index of the spec's mount
     storages: list[Storage] = field(default_factory=list)  # what the agent mounts before
+    devices: list[Device] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a volume is not, for the log
 
 
@@ -116,20 +117,30 @@ class Share:
                 name = f"{SANDBOX_MOUNTS}/{mount.destination.name}"
                 self._volumes.keep(name, mount, source)
 
-    def add(self, bundle: Bundle, rootfs: Sequence[mounts.RootfsMount]) -> GuestPaths:
+    def add(
+        self,
+        bundle: Bundle,
+        rootfs: Sequence[mounts.RootfsMount] | None,
+        without: Collection[int] = (),
+    ) -> GuestPaths:
         """Mount a container's root filesystem and bind its volumes.
 
-        On failure the caller undoes the container's journal entries.
+        What comes by another way is left out: the root if `rootfs` is None, and the mounts of the
+        spec whose indexes are in `without`. On failure the caller undoes the container's journal
+        entries.
 
         Raises:
             InvalidArgument: a mount that can't be given to a VM, named with its reason.
             ShimError: the host refused a mount.
         """
         container_id = bundle.container_id
-        self._add_rootfs(bundle, rootfs)
+        if rootfs is not None:
+            target = self._mounts / container_id / "rootfs"
+            mount_root(self._journal, self._calls, bundle, rootfs, target)
         paths = GuestPaths(root=SHARED_DIRECTORY / container_id / "rootfs")
         for mount in shared_mounts(bundle.spec):
-            self._add_volume(bundle, replace(mount, source=bundle.path / mount.source), paths)
+            if mount.index not in without:
+                self._add_volume(bundle, replace(mount, source=bundle.path / mount.source), paths)
         return paths
 
     def remove(self, container_id: str) -> list[str]:
@@ -172,30 +183,45 @@ class Share:
                     "mounts of the host do appear in it"
                 )
 
-    def _add_rootfs(self, bundle: Bundle, rootfs: Sequence[mounts.RootfsMount]) -> None:
-        container_id = bundle.container_id
-        target = self._mounts / container_id / "rootfs"
-        layers = _layers(rootfs)
-        for directory in (target.parent, target):
-            self._journal.take("directory", path=str(directory), container=container_id)
-            directory.mkdir(mode=0o755)
-        if not rootfs:
-            source = _root_directory(bundle)
-            self._journal.take("mount", target=str(target), container=container_id)
-            self._calls.bind(str(source), str(target))
-            return
-        for _ in range(layers):
-            self._journal.take("mount", target=str(target), container=container_id)
-        try:
-            self._calls.mount_rootfs(rootfs, str(target))
-        except mounts.MountFailed as exc:
-            if exc.errno != errno.ENODEV:
-                raise
-            types = ", ".join(sorted({repr(mount.type) for mount in rootfs}))
-            raise InvalidArgument(
-                f"rootfs of container {container_id}: the host's kernel knows no filesystem type "
-                f"among {types}; use a snapshotter that mounts overlay or bind"
-            ) from exc
+
+def mount_root(
+    journal: Journal,
+    calls: MountCalls,
+    bundle: Bundle,
+    rootfs: Sequence[mounts.RootfsMount],
+    target: Path,
+) -> list[Entry]:
+    """Mount a container's root on `target`, making it and its parent; return the entries.
+
+    Raises:
+        InvalidArgument: a mount that leaves the root, or of a type that the host doesn't know.
+        ShimError: the host refused a mount.
+    """
+    container_id = bundle.container_id
+    layers = _layers(rootfs)
+    entries = []
+    for directory in (target.parent, target):
+        entries.append(journal.take("directory", path=str(directory), container=container_id))
+        directory.mkdir(mode=0o755)
+    if not rootfs:
+        source = _root_directory(bundle)
+        entries.append(journal.take("mount", target=str(target), container=container_id))
+        calls.bind(str(source), str(target))
+        return entries
+    entries += [
+        journal.take("mount", target=str(target), container=container_id) for _ in range(layers)
+    ]
+    try:
+        calls.mount_rootfs(rootfs, str(target))
+    except mounts.MountFailed as exc:
+        if exc.errno != errno.ENODEV:
+            raise
+        types = ", ".join(sorted({repr(mount.type) for mount in rootfs}))
+        raise InvalidArgument(
+            f"rootfs of container {container_id}: the host's kernel knows no filesystem type "
+            f"among {types}; use a snapshotter that mounts overlay or bind"
+        ) from exc
+    return entries
 
 
 def sandbox_dns(bundle: Bundle) -> list[str]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from agent_proto.client import AgentClient
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
+    from shimv2.container_files import Prepared
     from shimv2.mounts import RootfsMount
     from shimv2.sizing import Limits
     from shimv2.state_dir import StateDir
@@ -95,6 +96,7 @@ class Sandbox:
         self._config: RuntimeConfig | None = None
         self._resources: SandboxResources | None = None
         self._is_up = trio.Event()
+        self._unmounting = trio.Lock()
         self._closing = trio.Lock()  # guards the one teardown; the second caller finds it done
         self._is_watching_oom = False
         self._scene: Scene | None = None  # of a creation that was cut short
@@ -278,14 +280,15 @@ class Sandbox:
             limits = self._resources.begin(container.bundle)
             machine = await self._prepare_machine(self._configure(creation), limits)
             timeline.enter("preparing the container's root filesystem")
-            prepared: list[GuestPaths] = []
+            prepared: list[Prepared] = []
 
             async def prepare() -> None:
                 # The guest's kernel takes a second to come up; until it does, this costs nothing.
                 await machine.launched.wait()
                 network.vmm_started()
                 await container.open_stdio(container.init)
-                prepared.append(self._host.add_to_share(container.bundle, creation.rootfs))
+                files = self._host.files
+                prepared.append(await files.prepare(container.bundle, creation.rootfs))
                 timeline.mark("rootfs")
 
             undo.push_async_callback(self._close_stdio, container)
@@ -306,12 +309,14 @@ class Sandbox:
                     sandbox_dns(container.bundle),
                     self._configure(creation).agent.kernel_modules,
                     shm_bytes=sandbox_shm_bytes(container.bundle),
+                    shares=machine.shares,
                 )
                 await self.agent.create_sandbox(request)
                 timeline.mark("sandbox")
                 await self._host.run_creation_hooks(container.bundle)
+                paths = await self._host.hand_over(prepared[0])
                 timeline.enter("creating the container in the guest")
-                await self._create_in_guest(container, prepared[0])
+                await self._create_in_guest(container, paths)
             except Exception as exc:
                 raise await self._explained(exc) from exc
             except BaseException:
@@ -320,6 +325,8 @@ class Sandbox:
             timeline.mark("created")
             undo.pop_all()
         self._is_up.set()
+        if not machine.shares and not self.ended.is_set():
+            self.start_job(self._host.files.follow, self.agent)
         can_grow = network.has_namespace and self._configure(creation).hypervisor.hotplug_ports > 0
         if can_grow and machine.vm is not None and not self.ended.is_set():
             self.start_job(network.follow, self.agent, machine.vm, self._host.tell_network)
@@ -337,8 +344,9 @@ class Sandbox:
             undo.push_async_callback(self._close_stdio, container)
             await container.open_stdio(container.init)
             await self._host.run_creation_hooks(container.bundle)
-            undo.callback(self._host.remove_from_share, container.id)
-            paths = self._host.add_to_share(container.bundle, creation.rootfs)
+            undo.push_async_callback(self._host.remove_files, container.id)
+            prepared = await self._host.files.prepare(container.bundle, creation.rootfs)
+            paths = await self._host.hand_over(prepared)
             undo.callback(self._leave, container)
             await self.resources.join(container.bundle)
             undo.push_async_callback(self._remove_in_guest, container)
@@ -436,11 +444,12 @@ class Sandbox:
         assert ended is not None
         await container.close()
         if owns_machine:
+            await self._unmount_disks()
             await self._take_down(f"container {container.id} was deleted")
         else:
             await self._remove_in_guest(container)
             self._leave(container)
-            self._host.remove_from_share(container.id)
+            await self._host.remove_files(container.id)
         await self._host.run_poststop(container.id)
         self.events.deleted(container, ended)
         self.containers.pop(container.id, None)
@@ -455,7 +464,17 @@ class Sandbox:
             for process in list(container.execs.values()):
                 if process.relay is not None:
                     await process.relay.outputs_ended.wait()
+        await self._unmount_disks()
         await self._take_down(f"container {container.id} ended")
+
+    async def _unmount_disks(self) -> None:
+        """Have the guest write out what outlives the VM, which is killed next."""
+        async with self._unmounting:
+            for container_id in self._host.writers():
+                container = self.containers.get(container_id)
+                if container is not None and not self.ended.is_set():
+                    await self._remove_in_guest(container)
+                    self._host.files.unmounted(container_id)
 
     async def _remove_in_guest(self, container: Container) -> None:
         if self._host.machine is None or self.ended.is_set():

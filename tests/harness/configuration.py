@@ -23,6 +23,11 @@ def changed_configuration(node: Node, change: Callable[[str], str]) -> Iterator[
         node.write(CONFIGURATION, text)
 
 
+def with_line(text: str, table: str, line: str) -> str:
+    """Add a line to a table."""
+    return text.replace(f"[{table}]\n", f"[{table}]\n{line}\n", 1)
+
+
 def with_value(text: str, key: str, value: str) -> str:
     """Set a key that stands at the beginning of a line to a TOML value."""
     lines = [

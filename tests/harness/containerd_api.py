@@ -88,18 +88,23 @@ class Tasks:
         container: str,
         *,
         snapshotter: str = "overlayfs",
-        rootfs: bool = True,
+        rootfs: bool | Sequence[Mapping[str, object]] = True,
         stdin: str = "",
         stdout: str = "",
         stderr: str = "",
         terminal: bool = False,
         timeout_s: float = 60,
     ) -> int:
-        """Create the task of a container made by `ctr container create`; return its pid."""
+        """Create the task of a container made by `ctr container create`; return its pid.
+
+        `rootfs`: the snapshot's mounts, none, or these instead (type, source, options).
+        """
         request = MESSAGES["CreateTaskRequest"](
             container_id=container, stdin=stdin, stdout=stdout, stderr=stderr, terminal=terminal
         )
-        if rootfs:
+        if not isinstance(rootfs, bool):
+            request.rootfs.extend(MESSAGES["Mount"](**mount) for mount in rootfs)
+        elif rootfs:
             mounts = self.call(
                 "/containerd.services.snapshots.v1.Snapshots/Mounts",
                 MESSAGES["MountsRequest"](snapshotter=snapshotter, key=container),

@@ -79,9 +79,9 @@ def test_a_key_without_effect_is_named_once_it_is_set(write):
     assert "memory_slots" not in warnings  # as it is without the line
 
 
-def test_a_share_that_is_not_virtio_fs_is_refused(write):
-    text = refused(write('[hypervisor.qemu]\nshared_fs = "none"\n'))
-    assert 'shared_fs is "none"; known are "virtio-fs"' in text
+def test_a_way_to_share_that_is_not_there_is_refused(write):
+    text = refused(write('[hypervisor.qemu]\nshared_fs = "virtio-9p"\n'))
+    assert 'shared_fs is "virtio-9p"; known are "virtio-fs", "none"' in text
 
 
 def test_both_runtimes_spellings_of_the_create_timeout_are_read(write):

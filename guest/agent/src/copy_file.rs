@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -47,7 +47,8 @@ pub fn copy(request: &CopyFileRequest) -> Result<()> {
     match kind {
         SFlag::S_IFDIR => make_directory(request, directory.as_fd(), name).context(what),
         SFlag::S_IFLNK => make_link(request, directory.as_fd(), name).context(what),
-        _ => write_piece(request, directory.as_fd(), name),
+        // A mount of a single file holds on to the very file, so a new one would not be seen.
+        _ => write_piece(request, directory.as_fd(), name, parents.is_empty()),
     }
 }
 
@@ -113,7 +114,12 @@ fn partial(name: &OsStr) -> std::ffi::OsString {
     partial
 }
 
-fn write_piece(request: &CopyFileRequest, parent: BorrowedFd<'_>, name: &OsStr) -> Result<()> {
+fn write_piece(
+    request: &CopyFileRequest,
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    keeps_file: bool,
+) -> Result<()> {
     let what = || format!("copying {}", request.path);
     let offset = u64::try_from(request.offset).context(|| format!("offset {}", request.offset))?;
     let size =
@@ -123,12 +129,13 @@ fn write_piece(request: &CopyFileRequest, parent: BorrowedFd<'_>, name: &OsStr) 
         return Err(Status::invalid(format!("piece ends at {end} of a file of {size} bytes")));
     }
     let temporary = partial(name);
-    let mut flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut flags = OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     if offset == 0 {
         // A leftover of a copy that broke off must not show through.
         let _ = unlinkat(parent, temporary.as_os_str(), UnlinkatFlags::NoRemoveDir);
         flags |= OFlag::O_EXCL;
     }
+    flags |= OFlag::O_RDWR;
     let file = openat(parent, temporary.as_os_str(), flags, Mode::from_bits_truncate(0o600))
         .context(what)?;
     let file = File::from(file);
@@ -139,9 +146,35 @@ fn write_piece(request: &CopyFileRequest, parent: BorrowedFd<'_>, name: &OsStr) 
     if end == size {
         own(request, file.as_fd()).context(what)?;
         fchmod(&file, Mode::from_bits_truncate(request.file_mode & 0o7777)).context(what)?;
+        if keeps_file && fill_present(request, parent, name, &file).context(what)? {
+            let flags = UnlinkatFlags::NoRemoveDir;
+            return unlinkat(parent, temporary.as_os_str(), flags).context(what);
+        }
         renameat(parent, temporary.as_os_str(), parent, name).context(what)?;
     }
     Ok(())
+}
+
+/// Gives a regular file that is there the content of `complete`; false if there is none.
+fn fill_present(
+    request: &CopyFileRequest,
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    complete: &File,
+) -> std::io::Result<bool> {
+    let flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let Ok(present) = openat(parent, name, flags, Mode::empty()) else { return Ok(false) };
+    let mut present = File::from(present);
+    if !present.metadata()?.is_file() {
+        return Ok(false);
+    }
+    let mut complete = complete;
+    complete.rewind()?;
+    std::io::copy(&mut complete, &mut present)?;
+    present.set_len(complete.stream_position()?)?;
+    own(request, present.as_fd())?;
+    fchmod(&present, Mode::from_bits_truncate(request.file_mode & 0o7777))?;
+    Ok(true)
 }
 
 /// Reads the start of a regular file of a container's root, whose links stay inside of that root.
