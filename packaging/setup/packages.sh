@@ -37,6 +37,7 @@ if [ "${1:-}" != build ]; then
     want qemu-system-x86 have qemu-system-x86_64
     if [ -n "$(candidate virtiofsd)" ]; then virtiofsd_package=virtiofsd; else virtiofsd_package=qemu-system-common; fi
     want "$virtiofsd_package" any /usr/libexec/virtiofsd /usr/lib/qemu/virtiofsd
+    want e2fsprogs have mkfs.ext4
     want containerd have containerd
     want runc have runc
     want busybox-static static_busybox

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from tests.harness.configuration import changed_configuration, with_line
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.oci_image import BUSYBOX_IMAGE, busybox_entries, write_rootfs
 from tests.harness.parts import VIRTIOFSD, find_parts
 
 if TYPE_CHECKING:
@@ -39,6 +42,59 @@ def volumes(node: Node) -> Iterator[Path]:
     directory.mkdir()
     yield directory
     node.run(["rm", "-r", "/tmp/volumes"])
+
+
+@pytest.fixture
+def image(volumes: Path) -> Path:
+    """A root file system of busybox in an ext4 image, /tmp/volumes/root.img."""
+    write_rootfs(busybox_entries(), volumes / "tree")
+    path = volumes / "root.img"
+    make_ext4(path, "64M", volumes / "tree")
+    return path
+
+
+def make_ext4(path: Path, size: str, tree: Path | None = None) -> None:
+    content = ["-d", str(tree)] if tree is not None else []
+    subprocess.run(["mkfs.ext4", "-q", *content, str(path), size], check=True, capture_output=True)
+
+
+@contextmanager
+def loop_device(node: Node, path: str, *options: str) -> Iterator[str]:
+    """A loop device over a file of the node; skips where there are none."""
+    done = node.run(["losetup", *options, "--find", "--show", path], check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no loop device can be made here: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        node.run(["losetup", "--detach", device])
+
+
+def read_image(path: Path, inside: str) -> str:
+    """A file of an ext4 image that nobody has mounted."""
+    done = subprocess.run(
+        ["debugfs", "-R", f"cat {inside}", str(path)], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def make_container(ctr: Ctr, stem: str, *command: str, options: Sequence[str] = ()) -> str:
+    container = fresh_id(stem)
+    create = ["ctr", "container", "create", "--runtime", ctr.runtime, *options]
+    ctr.node.run([*create, BUSYBOX_IMAGE, container, *command])
+    return container
+
+
+def run_on(tasks: Tasks, ctr: Ctr, container: str, source: str, *options: str) -> int:
+    """Run a container whose snapshot is an ext4 disk, as a snapshotter would give it."""
+    tasks.create(container, rootfs=[{"type": "ext4", "source": source, "options": options}])
+    waiting = tasks.wait_later(container)
+    tasks.start(container)
+    status = waiting.exit_status(60)
+    assert tasks.delete(container) == status
+    ctr.remove(container)
+    return status
 
 
 def bind(source: str, target: str, options: str = "rbind:ro") -> list[str]:
@@ -111,3 +167,35 @@ def test_without_sharing_the_root_is_a_disk_and_small_files_are_copies_that_foll
         (config / "added").write_text("more\n")
         until_inside(ctr, container, "/config/added", "more\n", 20)
         ctr.remove(container)
+
+
+def test_a_snapshot_in_a_file_is_the_containers_disk_and_keeps_what_it_wrote(
+    node: Node, ctr: Ctr, tasks: Tasks, image: Path
+) -> None:
+    script = (
+        "grep -q ' / ext4 rw' /proc/mounts && echo written >/kept && echo shared >/data/file && "
+        "grep -q ' /data virtiofs ' /proc/mounts"
+    )
+    (image.parent / "data").mkdir()
+    options = bind("/tmp/volumes/data", "/data", "rbind:rw")
+    container = make_container(ctr, "disk", "sh", "-c", script, options=options)
+    assert run_on(tasks, ctr, container, "/tmp/volumes/root.img", "rw", "loop") == 0
+    assert read_image(image, "/kept") == "written\n"
+    assert (image.parent / "data" / "file").read_text() == "shared\n"
+
+
+def test_a_read_only_snapshot_on_a_block_device_cannot_be_written_even_by_its_machine(
+    node: Node, ctr: Ctr, tasks: Tasks, image: Path
+) -> None:
+    before = image.read_bytes()
+    script = (
+        "d=$(ls -d /sys/block/vd*) && [ $(cat $d/ro) = 1 ] && mknod /tmp/d b "
+        "$(tr : ' ' <$d/dev) && ! dd if=/dev/zero of=/tmp/d bs=512 count=1 conv=fsync 2>/dev/null"
+    )
+    options = [
+        "--privileged", "--mount", "type=tmpfs,src=tmpfs,dst=/tmp,options=rw"
+    ]  # fmt: skip
+    with loop_device(node, "/tmp/volumes/root.img") as device:
+        container = make_container(ctr, "rodisk", "sh", "-c", script, options=options)
+        assert run_on(tasks, ctr, container, device, "ro") == 0
+    assert image.read_bytes() == before
