@@ -8,6 +8,7 @@ the container's root are kept and ext4's own lost+found stays out of sight.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from pathlib import Path
@@ -66,7 +67,7 @@ async def build_image(
     argv = [str(MKFS), *_OPTIONS, "-d", str(tree), str(image)]
     limits = {
         resource.RLIMIT_FSIZE: (size_mib * _MIB, size_mib * _MIB),
-        resource.RLIMIT_CPU: (int(DEADLINE_S), int(DEADLINE_S)),
+        resource.RLIMIT_CPU: (math.ceil(DEADLINE_S), math.ceil(DEADLINE_S)),
     }
     try:
         child = await spawn("mkfs.ext4", argv, record=record, rlimits=limits)

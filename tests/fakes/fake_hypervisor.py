@@ -45,6 +45,10 @@ class FakeMachine:
         self.console = ConsoleRing(65536)
         self.addresses: dict[str, GuestAddress] = {}
         self.ignores_kill = False
+        self.attached: list[Device] = []
+        self.detached: list[str] = []
+        self.attach_error: Exception | None = None
+        self.detach_error: Exception | None = None
         self.resized: list[tuple[str, int]] = []
         self.resize_error: Exception | None = None
         self._exited = trio.Event()
@@ -77,9 +81,19 @@ class FakeMachine:
 
     async def attach(self, device: Device) -> GuestAddress:
         await trio.lowlevel.checkpoint()
+        if self.attach_error is not None:
+            raise self.attach_error
         self._hold(device)
-        self.addresses[device.id] = GuestAddress(pci_path="10/00")
+        self.attached.append(device)
+        self.addresses[device.id] = GuestAddress(pci_path=f"{0x0F + len(self.attached):02x}/00")
         return self.addresses[device.id]
+
+    async def detach(self, device_id: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.detach_error is not None:
+            raise self.detach_error
+        del self.addresses[device_id]
+        self.detached.append(device_id)
 
     async def resize_vcpus(self, count: int) -> int:
         await trio.lowlevel.checkpoint()
@@ -142,14 +156,16 @@ class FakeHypervisor:
     launch_error: Exception | None = None
     max_vcpus: int = 255
     hybrid_vsock: bool = False
+    shared_directory: bool = True
+    block_hotplug: bool = False
     machines: list[FakeMachine] = field(default_factory=list)
     namespaces: list[int] = field(default_factory=list)  # inodes, of those given one
     helpers: list[FakeHelper] = field(default_factory=list)
 
     def capabilities(self, spec: MachineSpec) -> Capabilities:
         return Capabilities(
-            shared_directory=True,
-            block_hotplug=False,
+            shared_directory=self.shared_directory,
+            block_hotplug=self.block_hotplug,
             net_hotplug=False,
             vcpu_hotplug=False,
             vcpu_unplug=False,

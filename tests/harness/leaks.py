@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ def take_snapshot(node: Node, long_lived: Iterable[int] = ()) -> Snapshot:
         fields = line.split()
         source = " ".join(fields[fields.index("-") + 1 :])
         snapshot.add("mount", f"{fields[4]} [{fields[0]}]", source)
+    for name, hint in _loop_devices(node):
+        snapshot.add("loop device", name, hint)
     for line in _lines(Path("/proc/self/mountinfo")):
         if node.name in line:
             snapshot.add("mount outside the node", line.split()[4])
@@ -148,6 +151,22 @@ def _processes(node: Node) -> Iterator[tuple[str, str]]:
             continue  # the daemon itself, which a test may have restarted
         name = f"{process.comm} pid={process.pid} start={process.start_ticks}"
         yield name, f"state {process.state}, child of {process.parent}: {process.command}"
+
+
+def _loop_devices(node: Node) -> Iterator[tuple[str, str]]:
+    """Loop devices over files of the node's own file systems; others' belong to the machine."""
+    of_node, of_machine = (
+        {line.split()[2] for line in _lines(Path(f"/proc/{pid}/mountinfo"))}
+        for pid in (node.pid, "self")
+    )
+    listing = subprocess.run(
+        ["losetup", "--list", "--noheadings", "--raw", "-O", "NAME,BACK-MAJ:MIN,BACK-FILE"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    for line in listing.stdout.splitlines():
+        name, device, file = line.split(maxsplit=2)
+        if device in of_node - of_machine:
+            yield name, file
 
 
 def _files(node: Node, root: str) -> Iterator[str]:

@@ -1,0 +1,257 @@
+"""Which snapshots become disks, who shares them, and how images are made of directories."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hypervisors.errors import DetachRefused, Unsupported
+from shimv2 import rootfs_image
+from shimv2.block_rootfs import snapshot_disk
+from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
+from shimv2.disks import Disk, Disks
+from shimv2.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from shimv2.journal import Journal
+from shimv2.pb import containerd_mount_pb2 as mount_pb
+from tests.fakes.fake_hypervisor import FakeMachine
+from tests.fakes.fake_process import SLEEP
+from tests.shimv2.shim_bench import ShimBench, overlay, pod_annotations, refusal, spec
+from ttrpc import Code
+
+
+def ext4(source: Path | str, *options: str, **more: str) -> Any:
+    return mount_pb.Mount(type="ext4", source=str(source), options=options, **more)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "root.img"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+def test_a_file_or_device_with_a_disks_file_system_is_a_disk(image: Path) -> None:
+    root = snapshot_disk("c1", [ext4(image, "loop", "ro", "noatime")])
+    assert root is not None
+    assert (root.mount.disk.path, root.mount.disk.read_only) == (image, True)
+    assert (root.mount.fstype, root.mount.options) == ("ext4", ("ro", "noatime"))
+    assert str(root.root) == "/run/kata-containers/sandbox/storage/c1/rootfs"
+
+
+def test_nothing_else_is_taken_for_a_disk(image: Path, tmp_path: Path) -> None:
+    for mounts in (
+        [],
+        [overlay()],
+        [ext4(tmp_path)],  # a directory's device is the host's
+        [ext4(tmp_path / "missing")],
+        [ext4("/dev/null")],
+        [ext4(image), ext4(image)],
+        [ext4(image, target="/below")],
+        [mount_pb.Mount(type="bind", source=str(image))],
+    ):
+        assert snapshot_disk("c1", mounts) is None
+
+
+def vm() -> Any:
+    class Spec:
+        devices = ()
+
+    return FakeMachine(Spec(), lambda: None)  # type: ignore[arg-type]  # nothing else is read
+
+
+def disk(path: Path, *, read_only: bool = False) -> Disk:
+    return Disk(path=path, read_only=read_only, what="volume v")
+
+
+async def test_containers_share_a_disk_until_the_last_one_leaves(image: Path) -> None:
+    machine, disks = vm(), Disks()
+    first = await disks.attach(machine, disk(image), "a")
+    link = image.with_name("link")
+    os.link(image, link)
+    assert await disks.attach(machine, disk(link), "b") == first
+    assert disks.writers() == {"a", "b"}
+    disks.unmounted("a")
+    assert disks.writers() == {"b"}
+    assert await disks.release(machine, "a") == []
+    assert machine.detached == []
+    assert await disks.release(machine, "b") == []
+    assert machine.detached == ["disk1"]
+
+
+async def test_a_disk_for_reading_is_not_for_writing_later(image: Path) -> None:
+    machine, disks = vm(), Disks()
+    await disks.attach(machine, disk(image, read_only=True), "a")
+    assert disks.writers() == set()
+    with pytest.raises(InvalidArgument, match="for reading only; let all containers of the pod"):
+        await disks.attach(machine, disk(image), "b")
+
+
+async def test_a_disk_that_the_guest_keeps_is_named_and_can_be_used_again(image: Path) -> None:
+    machine, disks = vm(), Disks()
+    await disks.attach(machine, disk(image), "a")
+    machine.detach_error = DetachRefused("disk1", "busy")
+    assert "busy" in (await disks.release(machine, "a"))[0]
+    machine.detach_error = None
+    await disks.attach(machine, disk(image), "b")
+    assert len(machine.attached) == 1
+    assert await disks.release(machine, "b") == []
+
+
+async def test_what_is_no_disk_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="neither a block device nor an image file"):
+        await Disks().attach(vm(), disk(tmp_path), "a")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "tree" / "rootfs"
+    root.mkdir(parents=True, mode=0o750)
+    (root / "file").write_text("content")
+    (root / "link").symlink_to("/etc/passwd")
+    os.mkfifo(root / "fifo")
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal.open(str(tmp_path / "journal"))
+
+
+def list_image(image: Path) -> str:
+    command = ["/usr/sbin/debugfs", "-R", "ls -p /rootfs", str(image)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+async def test_an_image_has_the_tree_with_modes_links_and_special_files(
+    tree: Path, tmp_path: Path, journal: Journal
+) -> None:
+    image = tmp_path / "i.img"
+    await rootfs_image.build_image(tree, image, 32, journal, container_id="c1")
+    listing = list_image(image)
+    modes = {line.split("/")[5]: line.split("/")[2] for line in listing.splitlines() if line}
+    assert modes["."] == "040750"
+    assert (modes["file"], modes["link"], modes["fifo"]) == ("100644", "120777", "010644")
+    assert image.stat().st_size == 32 << 20
+    assert image.stat().st_blocks * 512 < 4 << 20
+    assert image.stat().st_mode & 0o777 == 0o600
+    assert journal.held == ()
+
+
+async def test_a_tree_that_does_not_fit_is_refused_with_the_key_to_raise(
+    tree: Path, tmp_path: Path, journal: Journal
+) -> None:
+    (tree / "rootfs" / "big").write_bytes(os.urandom(20 << 20))
+    with pytest.raises(ResourceExhausted, match=r"image of 16 MiB.*raise rootfs_image_size"):
+        await rootfs_image.build_image(tree, tmp_path / "i", 16, journal, container_id="c1")
+
+
+async def test_a_missing_mkfs_is_named(
+    tree: Path, tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rootfs_image, "MKFS", tmp_path / "no-mkfs")
+    with pytest.raises(FailedPrecondition, match=r"no-mkfs.*install e2fsprogs"):
+        await rootfs_image.build_image(tree, tmp_path / "i", 16, journal, container_id="c1")
+
+
+async def test_an_image_that_takes_too_long_is_given_up(
+    tree: Path, tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 1000\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(rootfs_image, "MKFS", slow)
+    with trio.move_on_after(0.3) as scope:
+        await rootfs_image.build_image(tree, tmp_path / "i", 16, journal, container_id="c1")
+    assert scope.cancelled_caught
+    assert journal.held == ()
+    monkeypatch.setattr(rootfs_image, "DEADLINE_S", 0.2)
+    with pytest.raises(Exception, match=r"took longer than 0.2 s; use a smaller image"):
+        await rootfs_image.build_image(tree, tmp_path / "j", 16, journal, container_id="c1")
+
+
+def config(**hypervisor: Any) -> RuntimeConfig:
+    return RuntimeConfig(
+        agent=AgentConfig(readiness="push"), hypervisor=HypervisorConfig(**hypervisor)
+    )
+
+
+async def test_a_disk_snapshot_is_plugged_in_and_its_storage_named_to_the_agent(
+    tmp_path: Path, image: Path
+) -> None:
+    async with ShimBench(tmp_path, config()).running() as shim:
+        shim.hypervisor.block_hotplug = True
+        await shim.run(rootfs=[ext4(image, "rw")])
+        assert [device.path for device in shim.machine.attached] == [image]
+        sent = shim.agent.called("CreateContainer")[0]
+        (storage,) = sent.storages
+        place = "/run/kata-containers/sandbox/storage/c1/rootfs"
+        assert (storage.driver, storage.source, storage.fstype, storage.mount_point) == (
+            "blk", "10/00", "ext4", place,
+        )  # fmt: skip
+        assert sent.OCI.Root.Path == place
+        assert not [call for call in shim.mounts.calls if call[0] == "rootfs"]
+        await shim.wait()
+        # What was written outlives the VM: the guest unmounts it before.
+        await shim.delete()
+        assert [one.container_id for one in shim.agent.called("RemoveContainer")] == ["c1"]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"disable_block_device_use": True}, {"hotplug_ports": 0}], ids=str
+)
+async def test_without_disks_a_disk_snapshot_is_mounted_on_the_host(
+    tmp_path: Path, image: Path, setting: dict[str, Any]
+) -> None:
+    async with ShimBench(tmp_path, config(**setting)).running() as shim:
+        shim.hypervisor.block_hotplug = True
+        await shim.run(rootfs=[ext4(image, "rw")])
+        assert shim.machine.attached == []
+        assert [call[1] for call in shim.mounts.calls if call[0] == "rootfs"] == [[str(image)]]
+
+
+async def test_a_member_that_leaves_gives_its_disk_back_after_the_guest_unmounted_it(
+    tmp_path: Path, image: Path
+) -> None:
+    async with ShimBench(tmp_path, config()).running() as shim:
+        shim.hypervisor.block_hotplug = True
+        shim.agent.program(SLEEP)
+        await shim.run("p1", config=spec(annotations=pod_annotations("sandbox", "p1")))
+        member = spec(annotations=pod_annotations("container", "p1"))
+        await shim.run("a", config=member, rootfs=[ext4(image, "rw")])
+        await shim.kill("a")
+        await shim.wait("a")
+        await shim.delete("a")
+        assert shim.machine.detached == ["disk1"]
+        shim.machine.attach_error = Unsupported("fake", "attach another device", "full", "raise it")
+        error = await refusal(shim.create("b", config=member, rootfs=[ext4(image, "rw")]))
+        assert "attach another device" in str(error)
+
+
+async def test_without_sharing_there_is_no_virtiofsd_and_the_root_is_an_image(
+    tmp_path: Path,
+) -> None:
+    async with ShimBench(tmp_path, config(rootfs_image_size_mib=16)).running() as shim:
+        shim.hypervisor.shared_directory = False  # as a backend without it says
+        shim.hypervisor.block_hotplug = True
+        await shim.run(rootfs=[overlay()])
+        assert [helper.name for helper in shim.hypervisor.helpers] == ["vhost-device-vsock"]
+        assert [storage.driver for storage in shim.agent.sandbox.storages] == []
+        (attached,) = shim.machine.attached
+        assert attached.path == Path(shim.state_dir.path) / "c1.rootfs.img"
+        assert shim.agent.called("CreateContainer")[0].OCI.Root.Path.endswith("/c1/rootfs/rootfs")
+
+
+async def test_neither_sharing_nor_disks_is_refused_before_anything_is_taken(
+    tmp_path: Path,
+) -> None:
+    async with ShimBench(tmp_path, config(shared_fs="none")).running() as shim:
+        error = await refusal(shim.create())
+        assert error.code == Code.FAILED_PRECONDITION
+        assert "no way to give a container its files" in str(error)
+        assert not shim.hypervisor.machines
