@@ -44,10 +44,10 @@ def volumes(node: Node) -> Iterator[Path]:
     node.run(["rm", "-r", "/tmp/volumes"])
 
 
-@pytest.fixture
-def image(volumes: Path) -> Path:
-    """A root file system of busybox in an ext4 image, /tmp/volumes/root.img."""
+def make_root(volumes: Path, script: str) -> Path:
+    """A root file system of busybox, with a program of ours, in /tmp/volumes/root.img."""
     write_rootfs(busybox_entries(), volumes / "tree")
+    (volumes / "tree" / "script").write_text(script)
     path = volumes / "root.img"
     make_ext4(path, "64M", volumes / "tree")
     return path
@@ -170,32 +170,34 @@ def test_without_sharing_the_root_is_a_disk_and_small_files_are_copies_that_foll
 
 
 def test_a_snapshot_in_a_file_is_the_containers_disk_and_keeps_what_it_wrote(
-    node: Node, ctr: Ctr, tasks: Tasks, image: Path
+    node: Node, ctr: Ctr, tasks: Tasks, volumes: Path
 ) -> None:
     script = (
         "grep -q ' / ext4 rw' /proc/mounts && echo written >/kept && echo shared >/data/file && "
         "grep -q ' /data virtiofs ' /proc/mounts"
     )
-    (image.parent / "data").mkdir()
+    image = make_root(volumes, script)
+    (volumes / "data").mkdir()
     options = bind("/tmp/volumes/data", "/data", "rbind:rw")
-    container = make_container(ctr, "disk", "sh", "-c", script, options=options)
+    container = make_container(ctr, "disk", "sh", "/script", options=options)
     assert run_on(tasks, ctr, container, "/tmp/volumes/root.img", "rw", "loop") == 0
     assert read_image(image, "/kept") == "written\n"
-    assert (image.parent / "data" / "file").read_text() == "shared\n"
+    assert (volumes / "data" / "file").read_text() == "shared\n"
 
 
 def test_a_read_only_snapshot_on_a_block_device_cannot_be_written_even_by_its_machine(
-    node: Node, ctr: Ctr, tasks: Tasks, image: Path
+    node: Node, ctr: Ctr, tasks: Tasks, volumes: Path
 ) -> None:
-    before = image.read_bytes()
     script = (
         "d=$(ls -d /sys/block/vd*) && [ $(cat $d/ro) = 1 ] && mknod /tmp/d b "
         "$(tr : ' ' <$d/dev) && ! dd if=/dev/zero of=/tmp/d bs=512 count=1 conv=fsync 2>/dev/null"
     )
+    image = make_root(volumes, script)
+    before = image.read_bytes()
     options = [
         "--privileged", "--mount", "type=tmpfs,src=tmpfs,dst=/tmp,options=rw"
     ]  # fmt: skip
     with loop_device(node, "/tmp/volumes/root.img") as device:
-        container = make_container(ctr, "rodisk", "sh", "-c", script, options=options)
+        container = make_container(ctr, "rodisk", "sh", "/script", options=options)
         assert run_on(tasks, ctr, container, device, "ro") == 0
     assert image.read_bytes() == before
