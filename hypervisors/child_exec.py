@@ -168,6 +168,20 @@ def become(plan: ExecPlan, pipes: Pipes, parent: int) -> NoReturn:
         os._exit(127)
 
 
+def leave_parent(*, keep: int) -> None:
+    """In a forked child that works instead of executing: die with the parent, hold nothing of it.
+
+    Only descriptor `keep` and the standard ones stay open.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if keep > 3:
+        os.closerange(3, keep)
+    os.closerange(keep + 1, 0x7FFFFFFF)
+
+
 def _arrange_fds(plan: ExecPlan, pipes: Pipes) -> int:
     """Put every descriptor on its number and close the rest; returns the status pipe's new number.
 

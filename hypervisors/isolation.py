@@ -55,6 +55,11 @@ def machine_namespaces(network_namespace: int | None) -> Namespaces:
     return {"join": (network_namespace,), "unshare": own_namespaces() & ~CLONE_NEWNET}
 
 
+def hides_files() -> bool:
+    """Whether a VMM can be given an empty root (`empty_root`)."""
+    return os.geteuid() == 0
+
+
 def has_landlock() -> bool:
     """Whether the kernel (6.2 and newer, where it is on) confines a VMM to the files it names."""
     call = ctypes.CDLL(None, use_errno=True).syscall

@@ -19,6 +19,7 @@ import trio
 
 from . import accel, isolation, qemu_argv, spec_check
 from .child import spawn
+from .empty_root import CLONE_NEWNS, empty_root
 from .errors import ControlLost, LaunchFailed, Unsupported
 from .machine import (
     BlockDevice,
@@ -109,6 +110,9 @@ class Qemu:
                     blocks=_open_blocks(spec, theirs),
                 )
                 command = qemu_argv.build_command(spec, host)
+                namespaces = isolation.machine_namespaces(spec.network_namespace)
+                if isolation.hides_files():
+                    namespaces["unshare"] |= CLONE_NEWNS
                 child = await spawn(
                     "qemu",
                     command.argv,
@@ -116,11 +120,14 @@ class Qemu:
                     pass_fds=command.pass_fds,
                     user=_account(spec, accelerator),
                     no_new_privileges=True,
-                    **isolation.machine_namespaces(spec.network_namespace),
+                    **namespaces,
                 )
                 undo.push_async_callback(child.aclose)
             machine = QemuMachine(spec, accelerator, child, qmp, console, command.addresses)
             await _negotiate(machine, child)
+            if isolation.hides_files():
+                # Nothing is opened by name from here on: what is plugged comes as descriptors.
+                await empty_root("qemu", child.pid)
             undo.pop_all()
             return machine
 

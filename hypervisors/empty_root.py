@@ -1,0 +1,119 @@
+"""Takes the host's files away from a VMM that runs: its root becomes an empty directory.
+
+A VMM has opened, or was handed, all it needs when it answers for the first time. From then on a
+guest that breaks out of it finds no file, and a client that takes /proc/<pid>/root of the task's
+pid for the container's files (`nerdctl cp`) does not read or write the host's.
+
+pivot_root moves the root of every process that has the namespace's old one, so it can be done to
+the VMM from outside, by a process that has entered its mount namespace. That is a forked child: the
+caller must not go there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import trio
+
+from . import child_exec
+from .errors import LaunchFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# A handful of system calls.
+DEADLINE_S: Final = 5.0
+
+# Source: linux/sched.h, linux/mount.h, sys/mount.h, asm/unistd_64.h
+CLONE_NEWNS: Final = 0x00020000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_MNT_DETACH: Final = 2
+_SYS_PIVOT_ROOT: Final = 155
+# Exists wherever a VMM runs; only hidden for as long as it takes.
+_PLACE: Final = b"/proc"
+
+
+async def empty_root(name: str, pid: int) -> None:
+    """Give the VMM `pid`, which has a mount namespace of its own, an empty root. Cancelling waits.
+
+    Raises:
+        LaunchFailed: it can still see the host's files.
+    """
+    child_exec.prepare()
+    answer, far = os.pipe2(os.O_CLOEXEC)
+    try:
+        try:
+            helper = os.fork()
+            if helper == 0:
+                _work_and_exit(pid, far)
+        finally:
+            os.close(far)
+        said = await _collect(helper, answer)
+    finally:
+        os.close(answer)
+    if said != b"done":
+        stage, _, code = said.decode("ascii", "replace").partition(" ")
+        why = f"{stage}: {os.strerror(int(code))}" if code else "the helper process died"
+        raise LaunchFailed(name, f"could not be kept from the host's files ({why})", ())
+
+
+async def _collect(helper: int, answer: int) -> bytes:
+    pidfd = os.pidfd_open(helper)
+    try:
+        with trio.move_on_after(DEADLINE_S, shield=True):
+            await trio.lowlevel.wait_readable(pidfd)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        with trio.move_on_after(DEADLINE_S, shield=True):
+            await trio.lowlevel.wait_readable(pidfd)
+        _reap(pidfd)
+        os.set_blocking(answer, False)
+        try:
+            return os.read(answer, 64)
+        except BlockingIOError:
+            return b""
+    finally:
+        os.close(pidfd)
+
+
+def _reap(pidfd: int) -> None:
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+
+
+def _work_and_exit(pid: int, answer: int) -> NoReturn:
+    said = b""
+    try:
+        child_exec.leave_parent(keep=answer)
+        said = _pivot(pid, ctypes.CDLL(None, use_errno=True))
+    finally:
+        os.write(answer, said)
+        os._exit(0)
+
+
+def _pivot(pid: int, libc: ctypes.CDLL) -> bytes:
+    path = f"/proc/{pid}/ns/mnt"
+    try:
+        namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(namespace).st_ino == os.stat("/proc/self/ns/mnt").st_ino:
+            return f"namespace {errno.EEXIST}".encode()  # ours: nothing in it may be touched
+    except (FileNotFoundError, ProcessLookupError):
+        return b"done"  # dead, which others tell
+    except OSError as error:
+        return f"namespace {error.errno}".encode()
+    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    steps: tuple[tuple[str, Callable[[], int]], ...] = (
+        ("setns", lambda: libc.setns(namespace, CLONE_NEWNS)),
+        ("private", lambda: libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None)),
+        ("mount", lambda: libc.mount(b"none", _PLACE, b"tmpfs", flags, b"size=4k,mode=555")),
+        ("chdir", lambda: libc.chdir(_PLACE)),
+        ("pivot_root", lambda: libc.syscall(_SYS_PIVOT_ROOT, b".", b".")),
+        ("umount", lambda: libc.umount2(b".", _MNT_DETACH)),
+    )
+    for stage, step in steps:
+        if step() != 0:
+            return f"{stage} {ctypes.get_errno()}".encode()
+    return b"done"
