@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from .machine import BlockDevice, GuestAddress, HybridVsock, NetDevice, Rng, SharedDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from .bounded_json import JsonValue
     from .machine import MachineSpec
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Body = dict[str, JsonValue]
 
 MIB: Final = 1 << 20
+# Where disks are shown to the VMM, in its own directory.
+DISKS_NAME: Final = "disks"
 # Linux adds memory in blocks of this size, and Cloud Hypervisor takes nothing else.
 MEMORY_STEP_MIB: Final = 128
 # As with QEMU; what is there for its PCI bridges has no use here.
@@ -31,8 +33,6 @@ BASE_CMDLINE: Final = (
 )
 # Segment 0 has 32 slots; the host bridge and the panic device take one each.
 MAX_DEVICES: Final = 30
-# Where images lie that come later, as far as Landlock lets the VMM look: block devices.
-HOTPLUG_ROOT: Final = "/dev"
 _BDF: Final = re.compile(r"0000:00:([0-9a-fA-F]{2})\.0")
 
 
@@ -40,11 +40,13 @@ _BDF: Final = re.compile(r"0000:00:([0-9a-fA-F]{2})\.0")
 class HostSide:
     """What the launcher opened, as paths the VMM's process can use.
 
-    `shares` and `images` are by device id. `vsock` is where the VMM is to listen.
+    `directory` is the VMM's own, `vsock` where it is to listen. `shares` and `images` are by
+    device id.
     """
 
     kernel: str
     initrd: str | None
+    directory: str
     vsock: str
     shares: Mapping[str, str]
     images: Mapping[str, str]
@@ -75,7 +77,8 @@ def vm_config(spec: MachineSpec, host: HostSide) -> Body:
         "landlock_enable": host.has_landlock,
     }
     if host.has_landlock and spec.hotplug_ports > 0:
-        config["landlock_rules"] = [_rule(root) for root in hotplug_roots(spec)]
+        # What comes later is shown there; all else the VMM derives from this configuration.
+        config["landlock_rules"] = [{"path": host.directory, "access": "rw"}]
     disks: list[JsonValue] = []
     shares: list[JsonValue] = []
     for device in spec.devices:
@@ -110,11 +113,6 @@ def net_config(device: NetDevice) -> Body:
     guest is told by the agent.
     """
     return {"id": device.id, "mac": device.mac, "num_queues": 2 * len(device.tap_fds)}
-
-
-def hotplug_roots(spec: MachineSpec) -> Sequence[str]:
-    """Directories in which images may lie that are attached to the running machine."""
-    return (HOTPLUG_ROOT, *map(str, spec.hotplug_dirs))
 
 
 def guest_address(bdf: JsonValue) -> GuestAddress | None:
@@ -156,7 +154,3 @@ def _share(device: SharedDirectory, socket: str) -> Body:
         "num_queues": 1,
         "queue_size": 1024,
     }
-
-
-def _rule(path: str) -> Body:
-    return {"path": path, "access": "rw"}

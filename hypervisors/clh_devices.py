@@ -12,6 +12,7 @@ import trio
 
 from . import clh_config, spec_check
 from .clh_threads import vcpu_threads, wait_threads_ended
+from .disk_nodes import lease
 from .errors import (
     ControlError,
     ControlLost,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .bounded_json import JsonValue
-    from .child_exec import Account
+    from .disk_nodes import DiskNodes, Lease
     from .http_api import HttpApi
     from .machine import Device, GuestAddress, MachineSpec
 
@@ -47,15 +48,17 @@ class ClhDevices:
         spec: MachineSpec,
         api: HttpApi,
         pid: int,
-        account: Account | None,
-        has_landlock: bool,
+        nodes: DiskNodes | None,
+        directory: str,
     ) -> None:
         self.addresses: dict[str, GuestAddress] = {}
         self._spec = spec
         self._api = api
         self._pid = pid
-        self._account = account
-        self._has_landlock = has_landlock
+        # None where the VMM may open disks by their own paths.
+        self._nodes = nodes
+        self._directory = directory
+        self._leases: dict[str, Lease] = {}
         self._asked_vcpus = spec.vcpus
         self._plugged: set[str] = set()
         # Removed by the guest, whether or not somebody waits for it.
@@ -77,9 +80,14 @@ class ClhDevices:
         for answer in self._answers.values():
             answer.set()
 
+    def close(self) -> None:
+        """Let other machines have the disks. Idempotent."""
+        while self._leases:
+            self._leases.popitem()[1].close()
+
     async def attach(self, device: Device) -> GuestAddress:
         """See `VirtualMachine.attach`."""
-        target, body, fds = self._request_for(device)
+        self._refuse_unpluggable(device)
         async with self._lock:
             if device.id in self.addresses:
                 raise PreconditionFailed(
@@ -93,7 +101,12 @@ class ClhDevices:
                     "raise hotplug_ports in the configuration",
                 )
             self._gone.discard(device.id)
-            address = await self._plug(target, device.id, body, fds)
+            if isinstance(device, BlockDevice):
+                address = await self._plug_disk(device)
+            else:
+                assert isinstance(device, NetDevice)
+                body = clh_config.net_config(device)
+                address = await self._plug("vm.add-net", device.id, body, device.tap_fds)
             self._plugged.add(device.id)
             self.addresses[device.id] = address
             return address
@@ -106,6 +119,8 @@ class ClhDevices:
             await self._remove(device_id)
             self._plugged.discard(device_id)
             del self.addresses[device_id]
+            if device_id in self._leases:
+                self._leases.pop(device_id).close()
 
     async def resize_vcpus(self, count: int) -> int:
         """See `VirtualMachine.resize_vcpus`."""
@@ -141,18 +156,12 @@ class ClhDevices:
             await self._put("vm.resize", {"desired_ram": size})
             return await self._memory_mib()
 
-    def _request_for(self, device: Device) -> tuple[str, dict[str, JsonValue], tuple[int, ...]]:
-        """Target, body and descriptors that plug a device in; refuses what cannot be."""
+    def _refuse_unpluggable(self, device: Device) -> None:
         match device:
             case NetDevice():
                 spec_check.check_net(device)
-                target, body, fds = "vm.add-net", clh_config.net_config(device), device.tap_fds
             case BlockDevice():
                 os.close(spec_check.open_block(device)[0])
-                spec_check.check_block_for(self._account, device, by_path=True)
-                self._check_visible(device)
-                target, fds = "vm.add-disk", ()
-                body = clh_config.disk_config(device, str(device.path))
             case _:
                 raise Unsupported(
                     NAME,
@@ -164,22 +173,29 @@ class ClhDevices:
             raise PreconditionFailed(
                 "device id", path=None, why=f"{device.id!r}", fix="use letters, digits, - and _"
             )
-        return target, body, fds
 
-    def _check_visible(self, device: BlockDevice) -> None:
-        """Refuse an image that Landlock hides from the VMM, whose own error names no reason."""
-        real = device.path.resolve()
-        roots = clh_config.hotplug_roots(self._spec)
-        if self._has_landlock and not any(real.is_relative_to(root) for root in roots):
-            raise PreconditionFailed(
-                f"block device {device.id}",
-                path=device.path,
-                why=f"the VMM sees nothing but {', '.join(roots)} (Landlock)",
-                fix="name its directory in hotplug_dirs when the machine is made",
-            )
+    async def _plug_disk(self, device: BlockDevice) -> GuestAddress:
+        if self._nodes is None:
+            body = clh_config.disk_config(device, str(device.path))
+            return await self._plug("vm.add-disk", device.id, body)
+        leased = lease(device)
+        try:
+            with self._nodes.exposed(device, leased) as name:
+                path = f"{self._directory}/{clh_config.DISKS_NAME}/{name}"
+                body = clh_config.disk_config(device, path)
+                address = await self._plug("vm.add-disk", device.id, body)
+        except BaseException:
+            leased.close()
+            raise
+        self._leases[device.id] = leased
+        return address
 
     async def _plug(
-        self, target: str, device_id: str, body: Mapping[str, JsonValue], fds: tuple[int, ...]
+        self,
+        target: str,
+        device_id: str,
+        body: Mapping[str, JsonValue],
+        fds: tuple[int, ...] = (),
     ) -> GuestAddress:
         try:
             match await self._put(target, body, fds=fds):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from trio import TaskStatus
 
     from .child import Child
-    from .child_exec import Account
     from .clh_events import MonitorEvent
+    from .disk_nodes import DiskNodes
     from .http_api import HttpApi
     from .machine import Device, GuestAddress, MachineSpec, VmEvent, VmExit
 
@@ -46,8 +46,8 @@ class ClhMachine:
         monitor: socket.socket,
         console: socket.socket,
         *,
-        account: Account | None,
-        has_landlock: bool,
+        nodes: DiskNodes | None,
+        directory: str,
     ) -> None:
         self.pid = child.pid
         self.console = ConsoleRing(spec.console_bytes)
@@ -58,7 +58,7 @@ class ClhMachine:
         self._monitor = monitor
         self._console_socket = console
         self._resources = contextlib.AsyncExitStack()
-        self._devices = ClhDevices(spec, api, child.pid, account, has_landlock)
+        self._devices = ClhDevices(spec, api, child.pid, nodes, directory)
         self._facts = EndFacts()
         self._ending = trio.Event()
         self._exited = trio.Event()
@@ -129,6 +129,7 @@ class ClhMachine:
     async def aclose(self) -> None:
         """See `VirtualMachine.aclose`. Idempotent; sets the exit when nothing else did."""
         await self._resources.aclose()
+        self._devices.close()
         self._conclude()
 
     async def attach(self, device: Device) -> GuestAddress:

@@ -16,7 +16,7 @@ import contextlib
 import os
 import re
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +26,7 @@ from . import accel, clh_config, isolation, spec_check
 from .child import spawn
 from .clh_devices import API, NAME
 from .clh_machine import ClhMachine
+from .disk_nodes import DiskNodes, lease
 from .errors import (
     CommandTimeout,
     ControlError,
@@ -99,25 +100,23 @@ class CloudHypervisor:
         spec_check.check_kernel(spec.kernel)
         if spec.initrd is not None:
             spec_check.check_initrd(spec.initrd)
-        account = _account(spec)
-        if account is not None:
+        if _account(spec) is not None:
             spec_check.check_executable_by_all("Cloud Hypervisor", spec.binary.resolve())
             spec_check.check_readable_by_all("guest kernel", spec.kernel)
             if spec.initrd is not None:
                 spec_check.check_readable_by_all("guest initrd", spec.initrd)
-        for device in spec.devices:
-            if isinstance(device, BlockDevice):
-                spec_check.check_block_for(account, device, by_path=False)
 
     async def launch(self, spec: MachineSpec, *, record: Recorder) -> ClhMachine:
         """See `Hypervisor.launch`."""
         self.check(spec)
         account = _account(spec)
-        has_landlock = isolation.has_landlock()
         async with contextlib.AsyncExitStack() as undo:
             directory = VmmDirectory.create(spec.run_dir, "clh", account)
             undo.callback(directory.remove)
+            nodes = _disk_nodes(spec, directory, account, undo)
+            has_landlock = isolation.has_landlock() and (nodes is not None or not _has_disks(spec))
             monitor, console = _Pair(undo), _Pair(undo)
+            shown = undo.enter_context(contextlib.ExitStack())
             with contextlib.ExitStack() as theirs:
                 theirs.callback(monitor.theirs.close)
                 theirs.callback(console.theirs.close)
@@ -125,6 +124,8 @@ class CloudHypervisor:
                 theirs.callback(listener.close)
                 table = _Handover(theirs)
                 host = _open_host_side(spec, directory, table, has_landlock)
+                if nodes is not None:
+                    host = replace(host, images=_show_disks(spec, nodes, host, shown, undo))
                 child = await spawn(
                     NAME,
                     _argv(spec, table.add(listener.fileno()), table.add(monitor.theirs.fileno())),
@@ -138,9 +139,10 @@ class CloudHypervisor:
                 undo.push_async_callback(child.aclose)
             machine = ClhMachine(
                 spec, child, api, monitor.ours, console.ours,
-                account=account, has_landlock=has_landlock,
+                nodes=nodes, directory=host.directory,
             )  # fmt: skip
             await _start(machine, spec, child, api, clh_config.vm_config(spec, host))
+            shown.close()
             _publish(spec, directory)
             machine.keep(undo.pop_all())
             return machine
@@ -273,8 +275,7 @@ def _open_host_side(
     for device in spec.devices:
         match device:
             case BlockDevice():
-                mode = os.O_RDONLY if device.read_only else os.O_RDWR
-                images[device.id] = table.open(device.path, mode)
+                images[device.id] = str(device.path)
             case SharedDirectory():
                 try:
                     # A handle on the socket itself: its directory is closed to the VMM's user.
@@ -288,14 +289,54 @@ def _open_host_side(
                     ) from error
             case HybridVsock():
                 directory.admit_listeners(device)
+    own = table.open(directory.path, os.O_RDONLY | os.O_DIRECTORY)
     return clh_config.HostSide(
         kernel=table.open(spec.kernel, os.O_RDONLY),
         initrd=table.open(spec.initrd, os.O_RDONLY) if spec.initrd is not None else None,
-        vsock=f"{table.open(directory.path, os.O_RDONLY | os.O_DIRECTORY)}/{SOCKET_NAME}",
+        directory=own,
+        vsock=f"{own}/{SOCKET_NAME}",
         shares=shares,
         images=images,
         has_landlock=has_landlock,
     )
+
+
+def _has_disks(spec: MachineSpec) -> bool:
+    return spec.hotplug_ports > 0 or any(isinstance(one, BlockDevice) for one in spec.devices)
+
+
+def _disk_nodes(
+    spec: MachineSpec,
+    directory: VmmDirectory,
+    account: Account | None,
+    undo: contextlib.AsyncExitStack,
+) -> DiskNodes | None:
+    """Where disks are shown to a VMM that cannot open them by their own paths."""
+    confined = account is not None or isolation.has_landlock()
+    if not confined or os.geteuid() != 0 or not _has_disks(spec):
+        return None
+    nodes = DiskNodes(directory.path / clh_config.DISKS_NAME, account)
+    nodes.mount()
+    undo.callback(nodes.unmount)
+    return nodes
+
+
+def _show_disks(
+    spec: MachineSpec,
+    nodes: DiskNodes,
+    host: clh_config.HostSide,
+    shown: contextlib.ExitStack,
+    undo: contextlib.AsyncExitStack,
+) -> dict[str, str]:
+    """Show the disks of the specification until `shown` is closed, and lease them until `undo`."""
+    images: dict[str, str] = {}
+    for device in spec.devices:
+        if isinstance(device, BlockDevice):
+            leased = lease(device)
+            undo.callback(leased.close)
+            name = shown.enter_context(nodes.exposed(device, leased))
+            images[device.id] = f"{host.directory}/{clh_config.DISKS_NAME}/{name}"
+    return images
 
 
 def _publish(spec: MachineSpec, directory: VmmDirectory) -> None:

@@ -103,8 +103,7 @@ class MachineSpec:
 
     `cmdline` is what the caller wants on the kernel command line; the backend puts its own
     parameters (console, panic, accelerator tuning) in front. `hotplug_ports` is how many devices
-    can be attached at the same time later; where images come from elsewhere than /dev, some VMMs
-    must know the directories, `hotplug_dirs`, before. `run_dir` is a private directory for the
+    can be attached at the same time later. `run_dir` is a private directory for the
     backend.
     `unprivileged` runs the VMM under a user of its own where the launcher is root.
     `network_namespace` is an open descriptor, the caller's, of the network namespace that the VMM
@@ -125,7 +124,6 @@ class MachineSpec:
     machine_type: str = "q35"
     devices: tuple[Device, ...] = ()
     hotplug_ports: int = 0
-    hotplug_dirs: tuple[Path, ...] = ()
     console_bytes: int = 262144
     unprivileged: bool = True
     network_namespace: int | None = None

@@ -18,7 +18,6 @@ from .machine import BlockDevice, NetDevice, SharedDirectory
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .child_exec import Account
     from .machine import MachineSpec
 
 # Short enough for QEMU's node names (31) with our prefix, and free of its syntax (",", "=", ":").
@@ -119,30 +118,6 @@ def open_block(device: BlockDevice) -> tuple[int, str]:
         what, path=device.path, why="neither a regular file nor a block device",
         fix="give an image file or a block device",
     )  # fmt: skip
-
-
-def check_block_for(account: Account | None, device: BlockDevice, *, by_path: bool) -> None:
-    """Refuse an image that a VMM which opens it itself, as `account`, is not allowed to.
-
-    `by_path` when it has to walk there; else it is given a descriptor to open again.
-
-    Raises:
-        PreconditionFailed.
-    """
-    if account is None:
-        return
-    what = f"block device {device.id}"
-    image = device.path.resolve()
-    if by_path:
-        check_executable_by_all(what, image.parent)
-    status = os.stat(image)
-    wanted = stat.S_IROTH if device.read_only else stat.S_IROTH | stat.S_IWOTH
-    shift = 6 if status.st_uid == account.uid else 3 if status.st_gid == account.gid else 0
-    if status.st_mode >> shift & wanted != wanted:
-        raise PreconditionFailed(
-            what, path=device.path, why="closed to the VMM's user", errno=13,
-            fix=f"give it to user {account.uid}, or run the VMM as the launcher (rootless = false)",
-        )  # fmt: skip
 
 
 def check_program(what: str, path: Path, fix: str) -> None:

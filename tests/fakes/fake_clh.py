@@ -153,6 +153,8 @@ class FakeVmm:
         return slot
 
     def remove_device(self, body: Any) -> bytes:
+        if body["id"] not in self.slots:
+            return answer(404, ["Error from API", "No such device"])
         if self.scenario != "keeps-devices":
             slot = self.slots.pop(body["id"])
             self.paths.pop(body["id"], None)

@@ -57,7 +57,6 @@ def make_spec(initrd: Path, tmp_path: Path, disk: Path) -> Callable[..., Machine
             "run_dir": tmp_path,
             "devices": (Rng(),),
             "hotplug_ports": 2,
-            "hotplug_dirs": (disk.parent,),
         }
         return MachineSpec(**(fields | changes))
 

@@ -7,6 +7,7 @@ passes over what it doesn't know.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,13 @@ def _schemas(document: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check(document: dict[str, Any], schema: dict[str, Any], value: Any, where: str):
+def _check(
+    document: dict[str, Any], schema: dict[str, Any], value: Any, where: str
+) -> Iterator[str]:
     if "$ref" in schema:
         schema = _schemas(document)[schema["$ref"].rpartition("/")[2]]
     kind = _KINDS[schema["type"]]
+    assert isinstance(kind, type)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         yield f"{where}: {value!r} is no {schema['type']}"
         return

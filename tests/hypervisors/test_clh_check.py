@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from hypervisors import accel, isolation
 from hypervisors.child_exec import Account
 from hypervisors.errors import PreconditionFailed, Unsupported
 from hypervisors.machine import (
-    BlockDevice,
     HybridVsock,
     KernelVsock,
     MachineSpec,
@@ -106,27 +104,6 @@ def test_host_without_kvm_is_told_of_the_vmm_that_emulates(spec, monkeypatch):
 )
 def test_refusal_names_thing_value_and_fix(spec, changes, words):
     assert words in refusal(replace(spec, **changes))
-
-
-def test_image_that_the_vmms_user_may_not_open_is_refused(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(isolation, "machine_account", lambda *_: Account(uid=77, gid=77))
-    monkeypatch.setattr("hypervisors.spec_check.check_executable_by_all", lambda *_: None)
-    disk = tmp_path / "disk"
-    disk.write_bytes(bytes(512))
-    disk.chmod(0o600)
-    device = BlockDevice(id="d0", path=disk, read_only=True)
-    wanted = replace(spec, devices=(device,))
-    assert refusal(wanted) == (
-        f"block device d0 {disk}: closed to the VMM's user (errno 13, Permission denied); give it"
-        " to user 77, or run the VMM as the launcher (rootless = false)"
-    )
-    disk.chmod(0o604)
-    CLH.check(wanted)
-    assert "closed" in refusal(replace(spec, devices=(replace(device, read_only=False),)))
-    if os.geteuid() == 0:
-        disk.chmod(0o600)
-        os.chown(disk, 77, 0)
-        CLH.check(replace(spec, devices=(replace(device, read_only=False),)))
 
 
 def test_program_that_the_vmms_user_may_not_reach_is_refused(spec, tmp_path, monkeypatch):

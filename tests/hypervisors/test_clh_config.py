@@ -49,14 +49,14 @@ SPEC = MachineSpec(
         NET,
     ),
     hotplug_ports=8,
-    hotplug_dirs=(Path("/var/lib/disks"),),
 )
 HOST = HostSide(
     kernel="/proc/self/fd/3",
     initrd="/proc/self/fd/4",
+    directory="/proc/self/fd/5",
     vsock="/proc/self/fd/5/v.sock",
     shares={"share0": "/proc/self/fd/6"},
-    images={"d0": "/proc/self/fd/7"},
+    images={"d0": "/proc/self/fd/5/disks/d0"},
     has_landlock=True,
 )
 
@@ -79,10 +79,7 @@ def test_whole_machine_is_described_without_its_interfaces():
         "console": {"mode": "Off"},
         "pvpanic": True,
         "landlock_enable": True,
-        "landlock_rules": [
-            {"path": "/dev", "access": "rw"},
-            {"path": "/var/lib/disks", "access": "rw"},
-        ],
+        "landlock_rules": [{"path": "/proc/self/fd/5", "access": "rw"}],
         "fs": [
             {
                 "id": "share0",
@@ -94,7 +91,7 @@ def test_whole_machine_is_described_without_its_interfaces():
         ],
         "vsock": {"id": "vsock0", "cid": 3, "socket": "/proc/self/fd/5/v.sock"},
         "rng": {"id": "rng", "src": "/dev/urandom"},
-        "disks": [disk_config(DISK, "/proc/self/fd/7")],
+        "disks": [disk_config(DISK, "/proc/self/fd/5/disks/d0")],
     }
 
 

@@ -284,16 +284,39 @@ async def test_memory_grows_by_whole_steps_and_never_shrinks(make_spec, sent):
     assert sizes == [384, 1024]
 
 
-async def test_image_that_landlock_hides_is_refused_with_the_directories_it_does_not(
-    make_spec, monkeypatch, disk
+@pytest.mark.root
+async def test_disk_is_shown_to_a_confined_vmm_while_it_opens_it_and_no_longer(
+    make_spec, monkeypatch, sent, disk
 ):
     monkeypatch.setattr(isolation, "has_landlock", lambda: True)
-    hidden = BlockDevice(id="d", path=disk, read_only=True)
+    # Nobody but root can reach it, and the VMM is told of a name of its own.
+    disk.chmod(0o600)
+    disk.parent.chmod(0o700)
+    cold = BlockDevice(id="cold", path=disk, read_only=True)
+    async with running(make_spec(devices=(Rng(), cold))) as machine:
+        await machine.attach(BlockDevice(id="hot", path=disk, read_only=True))
+        with pytest.raises(PreconditionFailed, match="in use by another device or machine"):
+            await machine.attach(BlockDevice(id="rw", path=disk, read_only=False))
+        await machine.detach("hot")
+    create = next(body for _, path, body, _ in sent if path == "/vm.create")
+    add = next(body for _, path, body, _ in sent if path == "/vm.add-disk")
+    own = create["landlock_rules"][0]["path"]
+    assert own.startswith("/proc/self/fd/")
+    assert create["disks"][0]["path"] == f"{own}/disks/cold"
+    assert add["path"] == f"{own}/disks/hot"
+    # What the machine had is free for the next one.
     async with running(make_spec()) as machine:
-        with pytest.raises(PreconditionFailed, match=r"sees nothing but /dev \(Landlock\)"):
-            await machine.attach(hidden)
-    async with running(make_spec(hotplug_dirs=(disk.parent,))) as machine:
-        await machine.attach(hidden)
+        await machine.attach(BlockDevice(id="rw", path=disk, read_only=False))
+
+
+@pytest.mark.root
+async def test_disk_of_a_refused_request_is_free_again(make_spec, monkeypatch, disk):
+    monkeypatch.setattr(isolation, "has_landlock", lambda: True)
+    device = BlockDevice(id="d", path=disk, read_only=False)
+    async with running(make_spec("no-address")) as machine:
+        for _ in range(2):
+            with pytest.raises(ControlError, match="no usable address"):
+                await machine.attach(device)
 
 
 async def test_power_button_first_and_the_vmms_own_end_after_the_grace(make_spec, sent):

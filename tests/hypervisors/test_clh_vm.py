@@ -220,7 +220,7 @@ async def test_share_and_vsock_reach_a_vmm_that_may_enter_no_directory_of_ours(
 
 @pytest.mark.skipif(not has_landlock(), reason="this kernel has no Landlock of version 3")
 async def test_vmm_sees_no_file_that_it_was_not_told_of(make_spec, records, disk, tmp_path):
-    async with running(make_spec(hotplug_dirs=()), records) as machine:
+    async with running(make_spec(), records) as machine:
         with pytest.raises(HttpRejected):
             await machine._devices._plug(
                 "vm.add-disk", "d", {"id": "d", "path": str(disk), "image_type": "Raw"}, ()

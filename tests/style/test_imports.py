@@ -24,7 +24,8 @@ ALLOWED: Final = {
 }
 
 PURE_MODULES: Final = {
-    "agent_proto/hybrid_vsock", "hypervisors/bounded_json", "hypervisors/machine",
+    "agent_proto/hybrid_vsock", "hypervisors/bounded_json", "hypervisors/clh_config",
+    "hypervisors/clh_events", "hypervisors/machine",
     "hypervisors/qemu_argv",
     "hypervisors/qmp_protocol", "netns/model", "netns/plan", "shimv2/guest_network",
     "shimv2/guest_spec", "shimv2/lifecycle", "ttrpc/connection", "ttrpc/errors", "ttrpc/events",
