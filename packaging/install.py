@@ -65,6 +65,7 @@ class Layout:
             "VSOCK_DEVICE": str(self.vsock_device),
             "KERNEL": str(self.guest / "vmlinux"),
             "INITRD": str(self.guest / "initrd.img"),
+            "MODULES": str(self.guest / "modules"),
         }
 
 
@@ -112,6 +113,7 @@ def install(destination: Path) -> None:
         _install_configuration(below(path), text)
     for name in ("vmlinux", "initrd.img", "manifest.json"):
         _copy(BUILD / "guest" / name, below(SYSTEM.guest / name), 0o644)
+    _copy_modules(BUILD / "guest" / "modules", below(SYSTEM.guest / "modules"))
     _copy(BUILD / "bin" / "vhost-device-vsock", below(SYSTEM.vsock_device), 0o755)
     documents = below(Path("/usr/share/doc/kata-shimv2"))
     for source in ("packaging/containerd-kata.toml", "README.md", "LICENSE", "CHANGELOG.md"):
@@ -120,6 +122,17 @@ def install(destination: Path) -> None:
 
 
 SYSTEM_SNIPPET: Final = "/usr/share/doc/kata-shimv2/containerd-kata.toml"
+
+
+def _copy_modules(source: Path, target: Path) -> None:
+    """Replace the modules as a whole; a running sandbox keeps what it has bound."""
+    if not source.is_dir():
+        raise InstallError(f"{source} is missing; run make guest")
+    scratch = target.with_name(f".{target.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(source, scratch)
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
 
 
 def _install_library(library: Path) -> None:

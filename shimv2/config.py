@@ -29,6 +29,7 @@ class HypervisorConfig:
     path: Path = Path("/usr/bin/qemu-system-x86_64")
     kernel: Path = Path("/usr/share/kata-containers/vmlinux")
     initrd: Path | None = Path("/usr/share/kata-containers/initrd.img")
+    guest_modules: Path | None = Path("/usr/share/kata-containers/modules")
     kernel_params: str = ""
     machine_type: str = "q35"
     accelerator: str = "auto"  # auto | kvm | tcg

@@ -17,6 +17,7 @@ _HYPERVISOR: dict[str, Row] = {
     "path": ("path", "path"),
     "kernel": ("kernel", "path"),
     "initrd": ("initrd", "path"),
+    "guest_modules": ("guest_modules", "path"),
     "kernel_params": ("kernel_params", "text"),
     "machine_type": ("machine_type", "choice", 0, 0, ("q35", "pc", "virt", "microvm")),
     "accelerator": ("accelerator", "choice", 0, 0, ("auto", "kvm", "tcg")),

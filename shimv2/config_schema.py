@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-_MAY_BE_NONE = frozenset({"initrd"})
+_MAY_BE_NONE = frozenset({"initrd", "guest_modules"})
 """Paths for which an empty string means "none"; for the others it means the default."""
 
 

@@ -60,7 +60,7 @@ class ContainerFiles:
         self._log = log
         self.share = Share(state, journal, calls)
 
-    def open(self, sandbox_mounts: Sequence[str] = ()) -> None:
+    def open(self, sandbox_mounts: Sequence[str] = (), guest_modules: Path | None = None) -> None:
         """Make the share, if the machine has one; must be done before virtiofsd starts.
 
         Raises:
@@ -68,7 +68,7 @@ class ContainerFiles:
             ShimError: a mount failed; what was done is in the journal.
         """
         if self._plan.shares:
-            self.share.prepare()
+            self.share.prepare(guest_modules)
             self.share.add_sandbox_mounts(sandbox_mounts)
         elif sandbox_mounts:
             raise InvalidArgument(

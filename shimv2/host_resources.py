@@ -113,7 +113,7 @@ class HostResources:
         self._files = ContainerFiles(
             self._state_dir.directory, journal, self._parts.mounts, plan, self._log
         )
-        self._files.open(config.runtime.sandbox_bind_mounts)
+        self._files.open(config.runtime.sandbox_bind_mounts, config.hypervisor.guest_modules)
         self.machine = Machine(
             self._invocation.sandbox_id,
             plan,

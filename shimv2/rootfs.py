@@ -5,6 +5,7 @@ Layout, of which the guest sees the right-hand side, read-only at its top:
     <state>/mounts/<cid>/rootfs            share/<cid>/rootfs              the root filesystem
     <state>/mounts/volume:<n>-<name>       share/volume:<n>-<name>         a volume: shared_volumes
     <state>/mounts/sandbox-mounts/<name>   share/sandbox-mounts/<name>     sandbox_bind_mounts
+    <state>/mounts/.modules                share/.modules                  guest_modules, read-only
 
 `mounts` is a mount of its own, shared; `share` is its read-only peer. So a mount made later on the
 left appears on the right, and the guest can neither remove nor replace a mount's target: paths on
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from shimv2.journal import Entry, Journal
 
 SHARE_TAG: Final = "kataShared"  # Source: Kata: the tag that agents mount
+MODULES_NAME: Final = ".modules"  # where our agent looks; no container's id begins with a dot
 _MAX_RESOLV_CONF_BYTES: Final = 64 << 10
 
 
@@ -86,8 +88,10 @@ class Share:
         self._calls = calls
         self._volumes = SharedVolumes(self._mounts, journal, calls)
 
-    def prepare(self) -> None:
+    def prepare(self, guest_modules: Path | None = None) -> None:
         """Make both views; must be done before virtiofsd starts.
+
+        `guest_modules` is shown to the guest if it is there: an installation may go without.
 
         Raises:
             ShimError: a mount failed; what was done is in the journal.
@@ -99,6 +103,12 @@ class Share:
         self._calls.make_shared(str(self._mounts))
         self._journal.take("mount", target=str(self.path))
         self._calls.bind(str(self._mounts), str(self.path), read_only=True, recursive=False)
+        if guest_modules is not None and guest_modules.is_dir():
+            target = self._mounts / MODULES_NAME
+            self._journal.take("directory", path=str(target))
+            target.mkdir(mode=0o755)
+            self._journal.take("mount", target=str(target))
+            self._calls.bind(str(guest_modules), str(target), read_only=True, recursive=False)
 
     def add_sandbox_mounts(self, values: Sequence[str]) -> None:
         """Share what `sandbox_bind_mounts` names.

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from guest.image import cpio, kernel
+from guest.image import cpio, kernel, on_demand
 
 MODULE_DIRECTORY: Final = "/lib/modules"
 # Loaded in this order by the agent. One absolute path a line.
@@ -62,9 +63,9 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
 
 
 def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
-    """Write vmlinux, initrd.img and manifest.json into `output`; return the manifest.
+    """Write vmlinux, initrd.img, manifest.json and modules/ into `output`; return the manifest.
 
-    The three files are replaced one by one, each at once, so that a reader never sees half a file.
+    They are replaced one by one, each at once, so that a reader never sees half of one.
     Raises KernelError or OSError; nothing in `output` is changed then.
     """
     init = agent.read_bytes()  # first, because it is the input most likely to be missing
@@ -77,15 +78,21 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
         inputs = Inputs(init=init, kernel=package)
         tree, modules = initrd_tree(inputs)
         initrd = cpio.archive(tree)
+        offered = on_demand.files(package)
     print(f"guest: initrd with {len(modules)} modules, {len(initrd) / 1e6:.1f} MB", flush=True)
     manifest = _manifest(inputs, elf, initrd)
     manifest["agent"]["version"] = _agent_version(agent)
     manifest["initrd"] |= {"files": len(tree.entries), "modules": modules}
+    manifest["modules"] = {
+        "files": len(offered),
+        **_digest(b"".join(name.encode() + b"\0" + data for name, data in sorted(offered.items()))),
+    }
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     contents = {"vmlinux": elf, "initrd.img": initrd, "manifest.json": text.encode()}
     for name, data in contents.items():
         _replace(output / name, data)
+    _replace_directory(output / "modules" / package.release, offered)
     return manifest
 
 
@@ -119,6 +126,21 @@ def _replace(target: Path, data: bytes) -> None:
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(target)
+
+
+def _replace_directory(target: Path, contents: dict[str, bytes]) -> None:
+    if target.is_dir() and {path.name: path.read_bytes() for path in target.iterdir()} == contents:
+        return
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    for name, data in contents.items():
+        (partial / name).write_bytes(data)
+    # A running sandbox keeps what it has bound; directories of other kernels are of no use.
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+    for other in target.parent.iterdir():
+        if other != target:
+            shutil.rmtree(other)
 
 
 def main(arguments: list[str] | None = None) -> int:

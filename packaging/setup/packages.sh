@@ -43,6 +43,7 @@ if [ "${1:-}" != build ]; then
     want busybox-static static_busybox
     want iproute2 have tc
     want iptables have iptables
+    want nftables have nft
     want util-linux have unshare
     want procps have ps
     want cpio have cpio

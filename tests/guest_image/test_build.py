@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.image import build, kernel
+from guest.image import build, kernel, on_demand
 
 CACHE = Path(
     os.environ.get("KATA_CACHE")
@@ -41,7 +41,11 @@ def test_two_builds_give_the_same_bytes(agent: Path, tmp_path: Path) -> None:
     manifests = [build.build(agent, tmp_path / name, CACHE) for name in ("one", "two")]
     assert manifests[0] == manifests[1]
     assert manifests[0]["agent"]["version"] == "agent 1.2.3"
-    for name in ("vmlinux", "initrd.img", "manifest.json"):
+    modules = [
+        path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("modules/*/*")
+    ]
+    assert len(modules) > 100
+    for name in ("vmlinux", "initrd.img", "manifest.json", *modules):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -69,6 +73,23 @@ def test_initrd_holds_agent_and_every_listed_module(
     listed = tree.entries["etc/modules"].data.decode().split()
     assert [Path(path).name for path in listed] == modules
     assert all(path.strip("/") in tree.entries for path in listed)
+
+
+def test_modules_on_demand_are_complete_and_only_what_pods_have_a_use_for(
+    package: kernel.KernelPackage,
+) -> None:
+    files = on_demand.files(package)
+    index = dict(line.split(":") for line in files["modules.dep"].decode().splitlines())
+    assert set(index) == set(files) - {"modules.dep", "modules.alias"}
+    assert all(needed in files for line in index.values() for needed in line.split())
+    builtin = (package.root / f"lib/modules/{package.release}/modules.builtin").read_text()
+    for name in ("tun", "nf_tables", "ip_tables", "nbd", "wireguard", "overlay"):
+        assert f"{name}.ko" in files or f"/{name}.ko" in builtin, name
+    # Families that any process can make the kernel ask for, and few have a use for.
+    for name in ("rds", "tipc", "dccp", "smc", "af_alg", "algif_aead", "kvm", "can"):
+        assert f"{name}.ko" not in files, name
+    aliases = dict(line.split() for line in files["modules.alias"].decode().splitlines())
+    assert aliases.get("char_major_10_200", "tun") == "tun"
 
 
 def test_failed_build_leaves_the_output_alone(tmp_path: Path) -> None:

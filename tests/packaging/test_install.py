@@ -53,6 +53,8 @@ def test_every_place_the_readme_names_is_filled(installed: Path) -> None:
         "usr/share/doc/kata-shimv2/containerd-kata.toml",
     ):
         assert (installed / path).is_file(), path
+    (modules,) = (installed / "usr/share/kata-containers/modules").iterdir()
+    assert (modules / "modules.dep").is_file()
 
 
 def test_installed_shim_knows_its_commit(installed: Path) -> None:

@@ -209,7 +209,7 @@ def test_the_shipped_template_is_valid_and_says_the_defaults(write, vmm, backend
     uncommented = re.sub(r"(?m)^# ([a-z_]+ = )", r"\1", filled)
     loaded = load_config(write(uncommented))
     allowed = ("default_vcpus", "default_memory")
-    paths = ("path", "kernel", "initrd", "virtio_fs_daemon", "vsock_daemon")
+    paths = ("path", "kernel", "initrd", "guest_modules", "virtio_fs_daemon", "vsock_daemon")
     assert loaded.hypervisor.name == backend
     for field in fields(HypervisorConfig):
         if field.name not in ("name", *paths, "enable_annotations"):

@@ -60,6 +60,20 @@ def test_the_share_is_the_read_only_peer_of_a_shared_mount(bench: Bench) -> None
     assert str(bench.share.path) == share
 
 
+def test_guest_modules_are_shown_read_only_if_they_are_there(tmp_path: Path) -> None:
+    modules = tmp_path / "modules"
+    for name, expected in (("without", 0), ("with", 1)):
+        state = tmp_path / name
+        state.mkdir()
+        calls, journal = FakeMounts(), Journal.open(str(state / "journal"))
+        Share(state, journal, calls).prepare(modules)
+        target = str(state / "mounts/.modules")
+        assert calls.calls.count(("bind", str(modules), target, True)) == expected
+        held = [entry.fields.get("target") for entry in journal.held]
+        assert held.count(target) == expected
+        modules.mkdir(exist_ok=True)
+
+
 def test_a_snapshotters_mounts_go_straight_into_the_share(bench: Bench) -> None:
     paths = bench.share.add(bench.bundle(), [overlay("o")])
     assert bench.calls.calls[-1] == ("rootfs", ["o"], str(bench.state / "mounts/c1/rootfs"))

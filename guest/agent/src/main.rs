@@ -18,6 +18,7 @@ mod io;
 mod json;
 mod logging;
 mod metrics;
+mod modprobe;
 mod modules;
 mod mount_options;
 mod native;
@@ -56,7 +57,7 @@ use crate::agent::Agent;
 use crate::config::Config;
 use crate::json::Object;
 use crate::reaper::Reaper;
-use crate::status::{Context, Result};
+use crate::status::{Code, Context, Result};
 
 /// A host that wants to be told listens already, so it takes the line at once.
 const ANNOUNCE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -114,7 +115,14 @@ fn run_as_modprobe() -> ExitCode {
     let alias = std::env::args().nth(3).unwrap_or_default();
     match modules::load_by_name(&alias, "") {
         Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+        Err(status) => {
+            // Most that is asked for exists nowhere, and whoever asked is told.
+            if status.code != Code::NotFound {
+                logging::use_kernel_log();
+                error!("{status}");
+            }
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! The image lists its modules in an order in which all could be loaded. In an emulated guest each
 //! costs milliseconds on the way to a container, so drivers wait for their device and filesystems
-//! for the first mount, which the kernel announces by running its `modprobe`: this program.
+//! for the first mount, which the kernel announces by running its `modprobe`: this program. What only
+//! some workloads need is not in the image at all: see `modprobe`.
 
 use std::cell::Cell;
 use std::ffi::CString;
@@ -12,8 +13,8 @@ use std::path::Path;
 
 use nix::kmod::{ModuleInitFlags, finit_module};
 
-use crate::error;
 use crate::status::{Context, Result, Status};
+use crate::{error, modprobe};
 
 /// Absolute paths of modules, one a line, with parameters behind them if there are any.
 const LIST: &str = "/etc/modules";
@@ -67,7 +68,7 @@ fn entries(list: &str) -> impl Iterator<Item = Entry<'_>> {
 }
 
 /// A module's name as the kernel writes it.
-fn name_of(path: &str) -> String {
+pub fn name_of(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
@@ -151,23 +152,26 @@ fn load_or_tell(entry: &Entry<'_>) {
 /// Loads one module file; a module that is already there is fine. The file is then only memory that
 /// the pod could use, because the image is unpacked in memory.
 fn load(path: &str, parameters: &str) -> io::Result<()> {
-    if Path::new("/sys/module").join(name_of(path)).exists() {
+    load_file(Path::new(path), parameters)?;
+    let _ = fs::remove_file(path);
+    Ok(())
+}
+
+/// Loads one module file; a module that is already there is fine.
+pub fn load_file(path: &Path, parameters: &str) -> io::Result<()> {
+    if Path::new("/sys/module").join(name_of(&path.to_string_lossy())).exists() {
         return Ok(());
     }
     let file = File::open(path)?;
     let parameters = CString::new(parameters)?;
     match finit_module(file, &parameters, ModuleInitFlags::empty()) {
-        Ok(()) => {
-            let _ = fs::remove_file(path);
-            Ok(())
-        }
-        Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Loads a module by its name or the kernel's alias (`fs-overlay`), after those listed before it
-/// that wait for the same thing.
+/// Loads a module by its name or the kernel's alias (`fs-overlay`): one of the image, after those
+/// listed before it that wait for the same thing, or one of the host's directory.
 pub fn load_by_name(alias: &str, parameters: &str) -> Result<()> {
     let name = alias.strip_prefix("fs-").unwrap_or(alias).replace('-', "_");
     let list = fs::read_to_string(LIST).context(|| LIST.to_owned())?;
@@ -183,10 +187,10 @@ pub fn load_by_name(alias: &str, parameters: &str) -> Result<()> {
             load(entry.path, entry.parameters).context(what)?;
         }
     }
-    if Path::new("/sys/module").join(&name).exists() {
+    if Path::new("/sys/module").join(&name).exists() || modprobe::load(alias, parameters)? {
         return Ok(());
     }
-    Err(Status::internal(format!("kernel module {alias:?} is not in the guest image")))
+    Err(Status::not_found(format!("kernel module {alias:?} is not among the guest's")))
 }
 
 #[cfg(test)]

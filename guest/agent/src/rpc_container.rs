@@ -16,7 +16,7 @@ use crate::pids::{self, ProcMount};
 use crate::rpc_process::refuse_raw_ports;
 use crate::settle::Stage;
 use crate::status::{Code, Context, Result, Status};
-use crate::{devices, info, native, spec};
+use crate::{devices, info, modprobe, native, spec};
 
 /// Source: kata agent protocol, "OCI spec as the agent wants it".
 pub const CONTAINER_BASE: &str = "/run/kata-containers";
@@ -70,6 +70,9 @@ impl Agent {
         }
         let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
         let hook_state = native::hook_state(&id, &bundle.to_string_lossy());
+        if self.is_init {
+            modprobe::prepare_for(spec::bounding_capabilities(&spec));
+        }
         let blueprint = native::Blueprint {
             spec: &spec,
             hook_state: &hook_state,

@@ -63,10 +63,6 @@ impl Agent {
         if self.sandbox.borrow().has_namespaces {
             return Err(Status::new(Code::AlreadyExists, "the sandbox already exists"));
         }
-        let modules = request.kernel_modules.iter().filter(|_| self.is_init);
-        for module in modules {
-            crate::modules::load_by_name(&module.name, &module.parameters.join(" "))?;
-        }
         make_namespaces(&request.hostname)?;
         {
             let mut sandbox = self.sandbox.borrow_mut();
@@ -81,6 +77,10 @@ impl Agent {
         let added = self.add_storages(&request.storages, &mut storages).await;
         self.sandbox.borrow_mut().storages.extend(storages);
         added?;
+        // After the storages: one of them holds the modules that are not in the image.
+        for module in request.kernel_modules.iter().filter(|_| self.is_init) {
+            crate::modules::load_by_name(&module.name, &module.parameters.join(" "))?;
+        }
         info!("sandbox created");
         Ok(())
     }

@@ -152,6 +152,12 @@ pub fn complete_exec(mut process: Process, container: &Container) -> Process {
     process
 }
 
+/// What the container's processes can ever be allowed.
+pub fn bounding_capabilities(spec: &Spec) -> &[String] {
+    let process = spec.process.as_ref();
+    process.and_then(|process| process.capabilities.as_ref()).map_or(&[], |sets| &sets.bounding)
+}
+
 /// The guest's file behind the container's termination log, if a mount provides it.
 pub fn termination_log(mounts: &[Mount]) -> Option<PathBuf> {
     let mount = mounts.iter().find(|mount| mount.destination == TERMINATION_LOG)?;
