@@ -83,6 +83,10 @@ check: lint shim ## Lint, types and the tests that need no root: quick
 test: setup tools guest shim lint-agent ## Everything, virtual machines under real containerds included
 	$(PYTHON) -m pytest -v $(TESTS)
 
+.PHONY: test-kvm
+test-kvm: setup tools guest shim ## The end-to-end tests on an emulated node with KVM, with each VMM found
+	@$(PYTHON) -m tests.kvm_node.suite $(if $(TESTS),-- $(TESTS))
+
 .PHONY: kvm-node
 kvm-node: ## Run CMD on an emulated node with KVM; of what it writes only WRITABLE stays
 	@test -e build/guest/manifest.json || $(MAKE) --no-print-directory setup guest shim

@@ -28,8 +28,8 @@ import trio
 from netns.errors import HelperLost, KernelRefused, NamespaceGone
 
 # Each piece of work is a handful of system calls. They queue for the kernel's one network lock,
-# which mass creation of pods has been seen to hold for seconds.
-WORK_S: Final = 10.0
+# which mass creation of pods has been seen to hold for seconds; an emulated host is slow, too.
+WORK_S: Final = 30.0
 
 _EXIT_S: Final = 1.0
 

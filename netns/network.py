@@ -39,8 +39,9 @@ from netns.scan import layout, parse, read, statistics_of
 from netns.tap import join_tap, open_tap
 from netns.watch import open_watch, wait_changed
 
-OPEN_S: Final = 5.0
-WIRE_S: Final = 10.0
+# Bounds for a hang only: an overloaded or emulated host takes seconds for either.
+OPEN_S: Final = 15.0
+WIRE_S: Final = 30.0
 UNDO_S: Final = 5.0
 _E2BIG: Final = 7
 

@@ -14,6 +14,8 @@ import pytest
 import trio
 import trio.testing
 
+from tests.harness import vmm
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -25,6 +27,14 @@ hypothesis.settings.load_profile("no deadline")
 @pytest.fixture
 def autojump_clock() -> trio.testing.MockClock:
     return trio.testing.MockClock(autojump_threshold=0.0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what the VMM under test can't do, and what needs a KVM where there is none."""
+    for marker in item.iter_markers("needs"):
+        for ability in marker.args:
+            if why := vmm.lacks(ability):
+                pytest.skip(why)
 
 
 @pytest.hookimpl(tryfirst=True)

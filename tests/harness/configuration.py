@@ -1,15 +1,58 @@
-"""Change the shim's configuration file on a node for the length of a block."""
+"""The shim's configuration file on a node: made for the VMM under test, changed for a block."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.harness.node import CONFIGURATION
+from hypervisors.registry import canonical_name
+from tests.harness import vmm
+from tests.harness.patience import FACTOR, patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
+
+CONFIGURATION = "/etc/kata-containers/configuration.toml"
+
+
+def configurations(built: Path) -> dict[str, str]:
+    """Return what a node's files are, by name, from those that `make shim` has built.
+
+    Each has the program that the tests use and this machine's patience; configuration.toml, which
+    the plain runtime reads, is the one of the VMM under test.
+    """
+    files = {path.name: _adapted(path.read_text()) for path in built.glob("configuration*.toml")}
+    usual = CONFIGURATION.rpartition("/")[2]
+    for text in [*files.values()]:
+        if _hypervisor(text) == vmm.NAME:
+            files[usual] = text
+    found = _hypervisor(files.get(usual, ""))
+    assert not files or found == vmm.NAME, f"no configuration for {vmm.NAME} in {built}"
+    return files
+
+
+def _hypervisor(text: str) -> str:
+    table = re.search(r"(?m)^\[hypervisor\.([\w-]+)\]$", text)
+    return canonical_name(table[1]) if table else ""
+
+
+def _adapted(text: str) -> str:
+    if program := vmm.find_program(_hypervisor(text)):
+        text = with_value(text, "path", f'"{program}"')
+    if memory := os.environ.get("KATA_TEST_MEMORY"):
+        text = with_value(text, "default_memory", memory)
+    machine_type = os.environ.get("KATA_TEST_MACHINE_TYPE")
+    if machine_type and _hypervisor(text) == vmm.NAME:
+        text = with_value(text, "machine_type", f'"{machine_type}"')
+
+    def longer(found: re.Match[str]) -> str:
+        return f"{found[1]} = {patient(int(found[2])):g}"
+
+    return re.sub(r"(?m)^# (\w+_timeout) = (\d+)$", longer, text) if FACTOR != 1 else text
 
 
 @contextmanager
@@ -29,11 +72,10 @@ def with_line(text: str, table: str, line: str) -> str:
 
 
 def with_value(text: str, key: str, value: str) -> str:
-    """Set a key that stands at the beginning of a line to a TOML value."""
-    lines = [
-        f"{key} = {value}" if line.startswith(f"{key} =") else line for line in text.splitlines()
-    ]
-    return "\n".join(lines) + "\n"
+    """Set a key whose line, or whose comment with the default, the file has to a TOML value."""
+    changed, count = re.subn(rf"(?m)^(# )?{key} = .*$", lambda _: f"{key} = {value}", text)
+    assert count == 1, f"the configuration file has {count} lines for {key}"
+    return changed
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import grpc  # type: ignore[import-untyped]  # ships no stubs
 
 from tests.harness.containerd_daemon import ADDRESS
 from tests.harness.messages import MESSAGES
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -79,7 +80,7 @@ class Tasks:
         """Make one unary call; raises CallFailed."""
         stub = self._stub(path, response)
         try:
-            return stub(request, metadata=self._metadata, timeout=timeout_s)
+            return stub(request, metadata=self._metadata, timeout=patient(timeout_s))
         except grpc.RpcError as error:
             raise CallFailed(path.rpartition("/")[2], error) from None
 
@@ -129,7 +130,7 @@ class Tasks:
         """Send Wait and return at once."""
         request = MESSAGES["ProcessRequest"](container_id=container, exec_id=exec_id)
         stub = self._stub(f"{_TASKS}Wait", "WaitResponse")
-        return PendingWait(stub.future(request, metadata=self._metadata, timeout=120))
+        return PendingWait(stub.future(request, metadata=self._metadata, timeout=patient(120)))
 
     def delete(self, container: str) -> int:
         """Delete the task; return its exit status."""
@@ -292,13 +293,13 @@ class EventLog:
 
     def expect(self, topic: str, container: str, timeout_s: float = 30) -> Any:
         """Return the next event of a topic about a container; keeps what came before in `seen`."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patient(timeout_s)
         while True:
             try:
                 envelope = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise AssertionError(
-                    f"no {topic} of {container} within {timeout_s} s; seen: "
+                    f"no {topic} of {container} within {patient(timeout_s):g} s; seen: "
                     f"{[seen.topic for seen in self.seen]}"
                 ) from None
             self.seen.append(envelope)

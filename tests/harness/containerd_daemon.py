@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.harness import pod_network, registry
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -146,7 +147,7 @@ class ContainerdDaemon:
             self.pid = self._wait_ready(notify)
 
     def _wait_ready(self, notify: socket.socket) -> int:
-        notify.settimeout(_START_S)
+        notify.settimeout(patient(_START_S))
         try:
             while True:
                 message, ancillary, _, _ = notify.recvmsg(256, socket.CMSG_SPACE(12))

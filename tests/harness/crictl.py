@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.harness.containerd_daemon import ADDRESS, find_cri_tool
 from tests.harness.oci_image import BUSYBOX_IMAGE
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -145,7 +146,7 @@ class Crictl:
 
     def wait_exited(self, container: str, timeout_s: float = 60) -> int:
         """Wait until CRI says that the container has ended, and return its exit code."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + patient(timeout_s)
         while (status := self.container_status(container))["state"] != "CONTAINER_EXITED":
             assert time.monotonic() < deadline, f"{container} runs after {timeout_s} s: {status}"
             time.sleep(_POLL_S)  # as kubelet does: containerd 1.6 sends no events over CRI

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 from tests.harness.oci_image import BUSYBOX_IMAGE
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -182,10 +183,10 @@ class Terminal:
 
         (ctr leaves OPOST on, so that a line's end passes two terminals that add one each.)
         """
-        wanted, deadline = text.encode(), time.monotonic() + timeout_s
+        wanted, deadline = text.encode(), time.monotonic() + patient(timeout_s)
         while wanted not in self._seen:
             ready, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
-            assert ready, f"no {text!r} within {timeout_s} s; seen: {self._seen!r}"
+            assert ready, f"no {text!r} within {patient(timeout_s):g} s; seen: {self._seen!r}"
             try:
                 self._seen += os.read(self._master, 65536).replace(b"\r", b"")
             except OSError:  # EIO: the other side is closed
@@ -195,6 +196,6 @@ class Terminal:
 
     def close(self) -> int:
         """Wait for the process to end and return its status."""
-        status = self.process.wait(30)
+        status = self.process.wait(patient(30))
         os.close(self._master)
         return status

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.harness.containerd_daemon import ROOT, STATE
+from tests.harness.patience import patient
 from tests.harness.pod_network import ADDRESSES, BRIDGE
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def wait_for_no_leaks(
 ) -> list[Leak]:
     """Compare with `before` until nothing is left or the deadline has passed; return the rest."""
     pids = tuple(long_lived)
-    deadline = time.monotonic() + deadline_s
+    deadline = time.monotonic() + patient(deadline_s)
     while True:
         leaks = find_leaks(node, before, take_snapshot(node, pids))
         if not leaks or time.monotonic() > deadline:

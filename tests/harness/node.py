@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from tests.harness import oci_image, pod_network
+from tests.harness import oci_image, pod_network, vmm
+from tests.harness.configuration import CONFIGURATION, configurations
 from tests.harness.containerd_daemon import ADDRESS, ContainerdDaemon, ContainerdVersion, tool_cache
+from tests.harness.patience import patient
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / "build"
-CONFIGURATION = "/etc/kata-containers/configuration.toml"
 #: containerd's namespace of everything that came over CRI.
 CRI_NAMESPACE = "k8s.io"
 _BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -163,7 +164,7 @@ class Node:
             env=self.environment(),
             input=stdin,
             capture_output=True,
-            timeout=timeout_s,
+            timeout=patient(timeout_s),
             check=False,
         )
         result = subprocess.CompletedProcess(
@@ -206,6 +207,8 @@ class Node:
 
     def _start_holder(self) -> None:
         kept = [str(REPOSITORY), str(tool_cache()), sys.prefix, sys.base_prefix]
+        if program := vmm.find_program(vmm.NAME):
+            kept.append(str(program.parent))
         settings = json.dumps({"name": self.name, "kept": [p for p in kept if Path(p).exists()]})
         holder = Path(__file__).with_name("holder.py")
         log = (self.log_directory / f"{self.name}-holder.log").open("wb")
@@ -253,8 +256,8 @@ class Node:
                         stream.close()
 
     def _configure_shim(self) -> None:
-        for built in (BUILD / "etc").glob("configuration*.toml"):
-            self.write(f"{CONFIGURATION.rpartition('/')[0]}/{built.name}", built.read_text())
+        for name, text in configurations(BUILD / "etc").items():
+            self.write(f"{CONFIGURATION.rpartition('/')[0]}/{name}", text)
 
     def _import_images(self) -> None:
         for archive in _images():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
+from tests.harness import vmm
 from tests.harness.ctr import KATA
 
 if TYPE_CHECKING:
@@ -11,7 +14,17 @@ if TYPE_CHECKING:
     from tests.harness.node import Node, NodeProcess
 
 #: Names of the parts as the kernel shows them in `comm`, cut at 15 characters.
-VMM, VIRTIOFSD, VSOCK = "qemu-system-x86", "virtiofsd", "vhost-device-vs"
+VMM, VIRTIOFSD, VSOCK = vmm.process_name(), "virtiofsd", "vhost-device-vs"
+#: Parameters for tests of the daemons beside a VMM; one that it has no use for is skipped.
+DAEMONS = [
+    pytest.param(VIRTIOFSD, marks=pytest.mark.needs("shared_directory")),
+    pytest.param(
+        VSOCK,
+        marks=pytest.mark.skipif(
+            not vmm.has_vsock_daemon(), reason="VMM or kernel have a vsock device: no daemon"
+        ),
+    ),
+]
 
 
 def find_parts(node: Node, comm: str) -> list[NodeProcess]:

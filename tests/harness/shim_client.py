@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.harness.messages import MESSAGES
+from tests.harness.patience import patient
 
 _HEADER = struct.Struct(">IIBB")
 _REQUEST, _RESPONSE = 1, 2
@@ -31,7 +32,7 @@ class ShimClient:
 
     def __init__(self, path: Path, *, timeout_s: float = 10) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout_s)
+        self._socket.settimeout(patient(timeout_s))
         self._socket.connect(str(path))
         self._stream = -1
 

@@ -24,8 +24,9 @@ from hypervisors.machine import (
     VmEventKind,
 )
 from hypervisors.virtiofsd import start_virtiofsd
+from tests.harness import vmm
 
-from . import machines, scratch_guest, vmms
+from . import machines, scratch_guest
 from .machines import (
     BOOT_DEADLINE_S,
     all_events,
@@ -40,7 +41,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.kvm,
     pytest.mark.skipif(
-        bool(vmms.missing("cloud-hypervisor")), reason=vmms.missing("cloud-hypervisor") or "-"
+        bool(vmm.missing("cloud-hypervisor")), reason=vmm.missing("cloud-hypervisor") or "-"
     ),
 ]
 
@@ -52,7 +53,7 @@ def running(spec, records):
 @pytest.fixture
 def make_spec(make_spec):
     def make(*args, **changes):
-        return make_spec(*args, **{"binary": vmms.program_of("cloud-hypervisor"), **changes})
+        return make_spec(*args, **{"binary": vmm.find_program("cloud-hypervisor"), **changes})
 
     return make
 

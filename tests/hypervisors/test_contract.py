@@ -1,8 +1,8 @@
 """What `hypervisors/base.py` promises, checked on every backend that can run here.
 
-A backend of another distribution is tested by adding its name to BACKENDS; nothing below knows
-which one it talks to. Machines are ended long before their guest is up, so a test takes tenths of a
-second.
+A backend of another distribution is tested by adding it to `tests/harness/vmm.py`; nothing below
+knows which one it talks to. Machines are ended long before their guest is up, so a test takes
+tenths of a second.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ from hypervisors.errors import (
 )
 from hypervisors.machine import BlockDevice, ExitKind, Rng, SharedDirectory, VmEventKind
 from hypervisors.registry import find_hypervisor
+from tests.harness import vmm
 
-from . import vmms
-
-pytestmark = [pytest.mark.e2e, pytest.mark.root]
-BACKENDS = ["qemu", "cloud-hypervisor"]
+pytestmark = [pytest.mark.e2e, pytest.mark.root, pytest.mark.smoke]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=list(vmm.PROGRAMS))
 def backend(request):
-    if why := vmms.missing(request.param):
+    if why := vmm.missing(request.param):
         pytest.skip(why)
     return find_hypervisor(request.param)
 
@@ -45,7 +43,7 @@ def make_spec(backend, make_spec):
     """As the other tests' one, for this backend's program."""
 
     def make(*args, **changes):
-        return make_spec(*args, **{"binary": vmms.program_of(backend.name), **changes})
+        return make_spec(*args, **{"binary": vmm.find_program(backend.name), **changes})
 
     return make
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from tests.harness.crictl import Crictl
 
 
+@pytest.mark.smoke
 def test_pod_of_two_containers_runs_execs_and_logs(crictl: Crictl) -> None:
     pod = crictl.run_pod(hostname="pod-of-two")
     assert crictl.pod_status(pod)["state"] == "SANDBOX_READY"

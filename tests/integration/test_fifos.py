@@ -14,6 +14,7 @@ import pytest
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.oci_image import BUSYBOX_IMAGE
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -44,7 +45,7 @@ def open_outputs(fifos: Path) -> list[int]:
 
 
 def read_to_end(descriptor: int, timeout_s: float = 20) -> bytes:
-    data, deadline = b"", time.monotonic() + timeout_s
+    data, deadline = b"", time.monotonic() + patient(timeout_s)
     while True:
         ready, _, _ = select.select([descriptor], [], [], deadline - time.monotonic())
         assert ready, f"no end within {timeout_s} s after {data!r}"
@@ -69,10 +70,10 @@ def test_output_that_nobody_reads_blocks_neither_kill_nor_delete(ctr: Ctr, fifos
         assert tasks.status(container) == "RUNNING"
         tasks.kill(container, 9)
         assert tasks.wait(container) == 137
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < patient(10)
         close(outputs)
         assert tasks.delete(container) == 137
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < patient(20)
     ctr.remove(container)
 
 
@@ -130,6 +131,6 @@ def test_fifo_that_does_not_exist_is_refused_soon(ctr: Ctr, fifos: Path) -> None
         begin = time.monotonic()
         with pytest.raises(Exception, match="/tmp/io/out"):
             create(ctr, tasks, "nofifo", "true")
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < patient(15)
     for row in ctr.node.run(["ctr", "container", "ls", "-q"]).stdout.split():
         ctr.remove(row)

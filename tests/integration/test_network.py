@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.parts import VMM, find_one, find_shims
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -47,7 +48,7 @@ def pod(node: Node) -> Iterator[str]:
     before = look(node)
     yield before
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patient(10)
         while look(node) != before and time.monotonic() < deadline:
             time.sleep(0.1)  # no event tells that a shim's `delete` is done
         assert look(node) == before
@@ -68,6 +69,7 @@ def inside(ctr: Ctr, script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("pod")
 def test_guest_has_the_pod_s_addresses_routes_and_mtu_and_reaches_its_peer(ctr: Ctr) -> None:
     ask = f"ip addr show eth0; ip route; ip -6 route; {_PING} 10.77.0.1 && {_PING} fd77::1"
@@ -89,7 +91,7 @@ def test_peer_reaches_a_server_in_the_guest(node: Node, ctr: Ctr, address: str) 
     ctr.start(container, *serve.split(), options=_WITH_POD)
     ask = f"busybox nc -w 5 {address} 8080 || busybox sleep 0.2"
     answer = ""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patient(10)
     while not answer and time.monotonic() < deadline:  # until the server listens
         answer = node.run(["sh", "-c", ask], timeout_s=20).stdout
     ctr.remove(container)
@@ -118,7 +120,7 @@ def test_address_that_comes_later_reaches_the_guest(node: Node, ctr: Ctr) -> Non
     container = fresh_id("later")
     ctr.start(container, "sleep", "1000", options=_WITH_POD)
     node.run(["ip", "-n", POD, "addr", "add", "10.77.0.9/24", "dev", "eth0"])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patient(10)
     shown = ""
     while "10.77.0.9/24" not in shown and time.monotonic() < deadline:
         shown = ctr.exec(container, "ip", "addr", "show", "eth0").stdout

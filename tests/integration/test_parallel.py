@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.patience import patient
 
 
 def test_four_containers_at_once_keep_output_and_status_apart(ctr: Ctr) -> None:
@@ -20,7 +21,7 @@ def test_four_containers_at_once_keep_output_and_status_apart(ctr: Ctr) -> None:
         for number, container in enumerate(containers)
     ]
     for number, (container, process) in enumerate(zip(containers, started, strict=True)):
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=patient(90))
         assert output.decode() == f"{container}\n"
         assert process.returncode == number + 10
 
@@ -46,7 +47,7 @@ def test_execs_at_once_in_one_container_keep_apart(ctr: Ctr) -> None:
         for number in range(8)
     ]
     for number, process in enumerate(started):
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=patient(60))
         assert output.decode().split() == [*map(str, range(1, 2001)), str(number)]
         assert process.returncode == number
     ctr.remove(container)

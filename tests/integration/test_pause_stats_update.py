@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
 from tests.harness.containerd_api import EventLog, Tasks
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.patience import patient
 
 _CGROUP = ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev"]
 # A cgroup v1 host's container sees its own cgroups, a guest's (v2) the tree: find our place in it.
@@ -18,6 +21,7 @@ _CPU = (
 )
 
 
+@pytest.mark.smoke
 def test_paused_container_stands_still_and_goes_on(ctr: Ctr) -> None:
     container = fresh_id("paused")
     with (
@@ -42,7 +46,7 @@ def test_paused_container_stands_still_and_goes_on(ctr: Ctr) -> None:
             assert process.stdout.readline() == b"tick\n"
         ctr.task("kill", container)
         process.stdout.read()
-        assert process.wait(20) == 4
+        assert process.wait(patient(20)) == 4
 
 
 def test_paused_container_can_be_killed(ctr: Ctr) -> None:

@@ -13,6 +13,7 @@ from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.ctr_pod import Pod
 from tests.harness.parts import VMM, find_parts, find_shims
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -28,6 +29,7 @@ def pod(ctr: Ctr) -> Iterator[Pod]:
     pod.remove()
 
 
+@pytest.mark.smoke
 def test_pod_shares_one_vm_one_shim_ipc_and_uts_but_no_root(node: Node, ctr: Ctr, pod: Pod) -> None:
     one, two = pod.start("one", "sleep", "1000"), pod.start("two", "sleep", "1000")
     assert len(find_parts(node, VMM)) == 1
@@ -99,7 +101,7 @@ def test_last_words_of_many_short_containers_all_arrive(ctr: Ctr, pod: Pod) -> N
                 )
             )
         for number, container, process in started:
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=patient(60))
             assert output.decode().split() == [*map(str, range(1, 3001)), container], turn
             assert process.returncode == number
 

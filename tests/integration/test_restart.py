@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tests.harness.containerd_api import EventLog, Tasks
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -71,7 +72,7 @@ def test_containers_keep_their_output_over_a_restart(node: Node, ctr: Ctr) -> No
 
 def wait_for_file(node: Node, inside: str, timeout_s: float = 20) -> None:
     """Wait until a file exists (virtio-fs makes no inotify event for what the guest does)."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + patient(timeout_s)
     while not node.path(inside).exists():
         assert time.monotonic() < deadline, f"no {inside} within {timeout_s} s"
         time.sleep(0.05)

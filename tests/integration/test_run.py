@@ -9,6 +9,7 @@ import pytest
 
 from tests.harness.ctr import KATA, RUNTIME, Ctr, fresh_id
 from tests.harness.oci_image import busybox_entries, write_rootfs
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -19,6 +20,7 @@ def test_run_of_true_exits_0_and_prints_nothing(ctr: Ctr) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.smoke
 def test_output_and_exit_status_7_come_from_a_kernel_of_its_own(ctr: Ctr) -> None:
     boot_id = "/proc/sys/kernel/random/boot_id"
     done = ctr.run(fresh_id("seven"), "sh", "-c", f"cat {boot_id}; echo oops >&2; exit 7")
@@ -39,7 +41,7 @@ def test_init_killed_from_outside_exits_137(ctr: Ctr) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         ctr.task("kill", "-s", "SIGKILL", container)
-        assert process.wait(20) == 137
+        assert process.wait(patient(20)) == 137
 
 
 def test_process_settings_are_kept(ctr: Ctr) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.harness.containerd_api import CallFailed, Tasks
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.patience import patient
 
 _TRAPS = (
     'trap "echo got USR1" USR1; trap "echo got TERM; exit 21" TERM; echo ready; '
@@ -26,7 +27,7 @@ def test_signals_run_the_traps_of_init(ctr: Ctr) -> None:
         assert process.stdout.readline() == b"got USR1\n"
         ctr.task("kill", container)  # SIGTERM is ctr's default
         assert process.stdout.readline() == b"got TERM\n"
-        assert process.wait(20) == 21
+        assert process.wait(patient(20)) == 21
 
 
 def test_kill_of_an_exec_leaves_the_container(ctr: Ctr) -> None:

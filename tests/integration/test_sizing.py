@@ -10,6 +10,7 @@ from tests.harness.configuration import drop_in
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.ctr_pod import Pod
+from tests.harness.vmm import NAME
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -36,7 +37,7 @@ def limits(cpus: float, mib: int) -> list[str]:
 
 
 def test_limits_size_the_vm_and_an_update_makes_it_grow(node: Node, ctr: Ctr) -> None:
-    settings = "[hypervisor.qemu]\ndefault_memory = 256\ndefault_maxvcpus = 4\n"
+    settings = f"[hypervisor.{NAME}]\ndefault_memory = 256\ndefault_maxvcpus = 4\n"
     with drop_in(node, settings), Tasks(node) as tasks:
         container = fresh_id("sized")
         ctr.start(container, "sleep", "1000", options=limits(1, 192))
@@ -63,7 +64,7 @@ def test_limits_size_the_vm_and_an_update_makes_it_grow(node: Node, ctr: Ctr) ->
 def test_the_smallest_vm_runs_a_container_and_an_overhead_replaces_the_default(
     node: Node, ctr: Ctr
 ) -> None:
-    settings = "[hypervisor.qemu]\noverhead_memory = 32\noverhead_vcpus = 0.2\n"
+    settings = f"[hypervisor.{NAME}]\noverhead_memory = 32\noverhead_vcpus = 0.2\n"
     with drop_in(node, settings):
         container = fresh_id("small")
         ctr.start(container, "sleep", "1000", options=limits(0.5, 8))
@@ -75,7 +76,7 @@ def test_the_smallest_vm_runs_a_container_and_an_overhead_replaces_the_default(
 
 def test_a_pods_vm_grows_with_the_containers_that_join_it(node: Node, ctr: Ctr) -> None:
     settings = (
-        "[hypervisor.qemu]\ndefault_memory = 256\ndefault_maxvcpus = 3\n"
+        f"[hypervisor.{NAME}]\ndefault_memory = 256\ndefault_maxvcpus = 3\n"
         "[runtime]\nstatic_sandbox_resource_mgmt = false\n"
     )
     with drop_in(node, settings):

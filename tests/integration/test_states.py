@@ -12,6 +12,7 @@ import pytest
 from tests.harness.containerd_api import CallFailed, EventLog, Tasks, field_values
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.oci_image import BUSYBOX_IMAGE
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -149,7 +150,7 @@ def test_bad_ids_are_refused_by_the_shim_itself(ctr: Ctr, bad: str) -> None:
         env=node.environment(),
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=patient(20),
         check=False,
     )
     assert done.returncode == 1, done

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 import pytest
 
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -53,9 +54,10 @@ def test_100_mb_of_output_arrive_complete_and_in_order(ctr: Ctr, pause_s: float)
     with ctr.popen(fresh_id("flood"), "sh", "-c", _FLOOD, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert read_digest(process.stdout, pause_s) == flood_digest()
-        assert process.wait(30) == 0
+        assert process.wait(patient(30)) == 0
 
 
+@pytest.mark.smoke
 def test_stdin_is_delivered_and_its_end_seen(ctr: Ctr) -> None:
     given = os.urandom(3_000_000)
     done = ctr.run(fresh_id("stdin"), "sh", "-c", "sha256sum; echo end", stdin=given)
@@ -135,7 +137,7 @@ def test_exit_is_reported_though_a_child_holds_the_output(ctr: Ctr) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read() == b"out\n"
-        assert process.wait(20) == 5
+        assert process.wait(patient(20)) == 5
 
 
 def install(node: Node, inside: str, script: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.harness.ctr import Ctr, Terminal, fresh_id
 
 _SIZE_LOOP = 'while [ "$(stty size)" != "{size}" ]; do :; done; echo "now {size}."\n'
 
 
+@pytest.mark.smoke
 def test_terminal_of_run_has_size_and_sees_resize(ctr: Ctr) -> None:
     container = fresh_id("tty")
     argv = ctr.run_argv(container, ["sh"], ["--rm", "-t"])

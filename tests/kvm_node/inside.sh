@@ -23,9 +23,13 @@ done <"$here/writable"
 # From here on modprobe works as on an installed machine, and so does the kernel's own autoloading.
 mkdir -p /lib/modules
 ln -sfn "$modules" "/lib/modules/$release"
+# Polling for work would take an emulated processor from somebody; and without tdp_mmu KVM maps eight
+# pages for each fault, of which an emulated one is expensive.
+modprobe kvm halt_poll_ns=0 tdp_mmu=0
 modprobe --all kvm_amd vhost_vsock vhost_net tun loop
-# As udev does; a machine without KVM may lack its group, so any number does.
-chgrp 993 /dev/kvm
+# As udev does for the group of that name, which a machine without KVM may lack.
+group=$(getent group kvm | cut -d: -f3)
+chgrp "${group:-993}" /dev/kvm
 chmod 0660 /dev/kvm
 hostname kvm-node
 ip link set lo up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from guest.image.kernel import KernelPackage, fetch, module_order
 from tests.harness.containerd_daemon import tool_cache
@@ -22,13 +23,14 @@ def unpacked_kernel() -> KernelPackage:
     wanted = json.loads(_MANIFEST.read_text())["kernel"]
     stamp = _DIRECTORY / "kernel.json"
     if stamp.exists():
-        found = json.loads(stamp.read_text())
-        if found["version"] == wanted["version"] and Path(found["root"]).is_dir():
-            return KernelPackage(**{**found, "root": Path(found["root"])})
+        found: dict[str, Any] = json.loads(stamp.read_text())
+        root = Path(found["root"])
+        if found.pop("wanted") == wanted["version"] and root.is_dir():
+            return KernelPackage(**{**found, "root": root})
     shutil.rmtree(_DIRECTORY, ignore_errors=True)
     _DIRECTORY.mkdir(parents=True)
     package = fetch(tool_cache(), _DIRECTORY)
     module_order(package, ("virtiofs",))  # writes modules.dep, which modprobe needs inside
     fields = {name: str(getattr(package, name)) for name in KernelPackage.__slots__}
-    stamp.write_text(json.dumps(fields))
+    stamp.write_text(json.dumps({**fields, "wanted": wanted["version"]}))
     return package

@@ -1,0 +1,87 @@
+"""The virtual machine monitor that the end-to-end tests run with, and what it can do.
+
+    KATA_TEST_HYPERVISOR   name of the backend, as the configuration spells it; "qemu" by default
+    KATA_TEST_<NAME>       its program, where it isn't in PATH: KATA_TEST_CLOUD_HYPERVISOR
+    KATA_TEST_MACHINE_TYPE machine type of the configuration, for backends that have several
+    KATA_TEST_MEMORY       MiB of a VM, where the default is too much for the machine
+
+A test that needs an ability says so by `@pytest.mark.needs("pause")`: the name of a flag of
+`hypervisors.machine.Capabilities`. With a VMM that lacks it the test is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+
+from hypervisors import accel
+from hypervisors.machine import Capabilities, MachineSpec
+from hypervisors.registry import DEFAULT_PROGRAMS, canonical_name, find_hypervisor
+
+NAME = canonical_name(os.environ.get("KATA_TEST_HYPERVISOR", "qemu"))
+#: The backends, and the names of their programs.
+PROGRAMS = {name: Path(path).name for name, path in DEFAULT_PROGRAMS.items()}
+_CAN_EMULATE = {"qemu"}
+_MIB_FOR_CAPABILITIES = 1024
+
+
+def variable(name: str) -> str:
+    """Return the environment variable that names a backend's program."""
+    return "KATA_TEST_" + re.sub(r"[^A-Z0-9]", "_", name.upper())
+
+
+def find_program(name: str) -> Path | None:
+    """Return a backend's program, from its variable, else from PATH; None if there is none."""
+    found = os.environ.get(variable(name)) or shutil.which(PROGRAMS.get(name, name))
+    return Path(found).resolve() if found and Path(found).exists() else None
+
+
+def missing(name: str) -> str:
+    """Say why a backend can't be tested here; empty when it can."""
+    if find_program(name) is None:
+        program = PROGRAMS.get(name, name)
+        return f"{name}: no {program} in PATH and {variable(name)} names none"
+    problem = None if name in _CAN_EMULATE else accel.kvm_problem()
+    return f"{name} needs KVM: {problem}" if problem else ""
+
+
+def process_name(name: str = NAME) -> str:
+    """Return what the kernel shows as a VMM's `comm`: its program's name, cut at 15 characters."""
+    program = find_program(name)
+    return (program.name if program else PROGRAMS.get(name, name))[:15]
+
+
+@functools.cache
+def capabilities() -> Capabilities:
+    """Return what the VMM under test can do on this host."""
+    spec = MachineSpec(
+        id="capabilities",
+        kernel=Path("/nowhere"),
+        initrd=None,
+        cmdline="",
+        vcpus=1,
+        max_vcpus=2,
+        memory_mib=_MIB_FOR_CAPABILITIES,
+        max_memory_mib=2 * _MIB_FOR_CAPABILITIES,
+        binary=find_program(NAME) or Path("/nowhere"),
+        run_dir=Path("/tmp"),
+        machine_type=os.environ.get("KATA_TEST_MACHINE_TYPE", "q35"),
+        hotplug_ports=2,
+    )
+    return find_hypervisor(NAME).capabilities(spec)
+
+
+def lacks(ability: str) -> str:
+    """Say that the VMM under test can't do `ability`; empty when it can."""
+    if getattr(capabilities(), ability):
+        return ""
+    return f"{NAME} lacks {ability.replace('_', ' ')} here"
+
+
+def has_vsock_daemon() -> bool:
+    """Whether each VM has a vsock daemon: only where neither VMM nor kernel has a device."""
+    can = capabilities()
+    return not can.hybrid_vsock and not can.kernel_vsock
