@@ -195,6 +195,37 @@ class TestOnTheHost:
             await shim.delete()
         assert list(links(holder.path)) == ["lo"]
 
+    async def test_docker_s_hook_is_called_by_the_name_it_gives_itself(
+        self, tmp_path: Path, scripts: Scripts
+    ) -> None:
+        """Docker before 26: prestart is /proc/<pid of dockerd>/exe, which looks at argv[0]."""
+        seen = tmp_path / "seen"
+        script = f'printf "%s|" "$0" "$@" "$A$HOME" > {seen}; stat -L /proc/$PPID/ns/net'
+        arguments = ["libnetwork-setkey", "-c", script, "named", "-exec-root=/run", "x", "y"]
+        hook = {"path": "/bin/sh", "args": arguments, "env": ["A=b"]}
+        async with ShimBench(tmp_path).running() as shim:
+            hooks = {"prestart": [hook], "poststop": None, "poststart": []}
+            await shim.create(config=spec(hooks=hooks))
+            assert seen.read_text() == "named|-exec-root=/run|x|y|b|"
+            await shim.delete()
+
+    async def test_cri_o_s_containers_have_their_hooks_run(
+        self, tmp_path: Path, scripts: Scripts
+    ) -> None:
+        def annotations(kind: str) -> dict[str, str]:
+            return {
+                "io.kubernetes.cri-o.ContainerType": kind,
+                "io.kubernetes.cri-o.SandboxID": "c1",
+            }
+
+        async with ShimBench(tmp_path).running() as shim:
+            for name, kind in (("c1", "sandbox"), ("m1", "container")):
+                hooks = {"prestart": [scripts.hook(f"pre-{name}")]}
+                await shim.create(name, config=spec(annotations=annotations(kind), hooks=hooks))
+            assert scripts.names == ["pre-c1", "pre-m1"]
+            await shim.delete("m1")
+            await shim.delete()
+
     async def test_failing_hook_fails_the_create_with_its_name_status_and_last_words(
         self, tmp_path: Path, scripts: Scripts
     ) -> None:

@@ -43,6 +43,7 @@ HEAVY: Final = (
     "grpc", "google.protobuf.descriptor", "google.protobuf.internal.builder",
     "google.protobuf.internal.well_known_types", "google.protobuf.text_format", "h11",
     "prometheus_client", "pyroute2", "structlog", "tomllib",
+    "netns.network", "shimv2.hooks", "shimv2.host_hooks",
 )  # fmt: skip
 """trio itself brings logging, ssl, subprocess and inspect, so those cannot be told here."""
 
