@@ -140,6 +140,8 @@ class Machine:
         timeline: Timeline,
         on_death: Callable[[str], None],
         timeouts: AgentTimeouts | None = None,
+        before_launch: Callable[[], Awaitable[None]] | None = None,
+        why_dead: Callable[[], str] = lambda: "",
     ) -> None:
         self._sandbox_id = sandbox_id
         self._plan = plan
@@ -151,6 +153,8 @@ class Machine:
         self._timeline = timeline
         self._on_death = on_death
         self._timeouts = timeouts
+        self._before_launch = before_launch
+        self._why_dead = why_dead
         self._helpers: list[SupervisedHelper] = []
         self._entries: list[Entry] = []
         self._vsock: GuestVsock | None = None
@@ -299,6 +303,8 @@ class Machine:
 
     async def _launch(self, spec: MachineSpec) -> None:
         self._timeline.enter("launching the virtual machine")
+        if self._before_launch is not None:
+            await self._before_launch()
         self._timeline.mark("launch")
         self.vm = await self._machinery.hypervisor.launch(spec, record=self._record)
         await self._jobs.start(self._supervise_vm)
@@ -371,9 +377,10 @@ class Machine:
     def _die(self, reason: str) -> None:
         if self._is_closing or self.death is not None:
             return
-        self.death = reason
+        host = self._why_dead()
+        self.death = f"{reason} ({host})" if host else reason
         self._scope.cancel()
-        self._on_death(reason)
+        self._on_death(self.death)
 
     def _record(self, record: ChildRecord) -> None:
         self._entries.append(

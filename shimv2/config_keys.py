@@ -152,7 +152,6 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
         "container_pipe_size_bytes": "the agent's pipes have the kernel's size",
     },
     "runtime": {
-        "sandbox_cgroup_only": "the VMM stays in the cgroup in which containerd starts shims",
         "disable_guest_empty_dir": "an emptyDir on disk is the host's in any case",
         "enable_pprof": "that is a profiler of Go programs",
         "enable_debug": "the shim's log has one level; containerd's own debug option adds to it",

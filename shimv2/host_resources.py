@@ -20,6 +20,7 @@ from shimv2.boot import Machine, Machinery
 from shimv2.cleanup import remove_state
 from shimv2.container_files import ContainerFiles, Prepared
 from shimv2.errors import Unavailable
+from shimv2.host_cgroup import HostCgroup
 from shimv2.journal import DEFERRED, Journal
 from shimv2.logger import start_logger
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hypervisors.child import ChildRecord
     from shimv2.bootstrap import ShimInvocation
     from shimv2.bundle import Bundle
+    from shimv2.cgroup_path import Hierarchy
     from shimv2.config import RuntimeConfig
     from shimv2.container import Log
     from shimv2.host_hooks import HostHooks
@@ -54,6 +56,7 @@ class Parts:
     load_config: Callable[[str | None, dict[str, str]], RuntimeConfig]
     mounts: MountCalls
     reports_root: str
+    hierarchies: Callable[[], tuple[Hierarchy, ...]] = tuple
 
 
 class HostResources:
@@ -69,6 +72,7 @@ class HostResources:
         self._journal: Journal | None = None
         self._vcpus = 1
         self._files: ContainerFiles | None = None
+        self.cgroup = HostCgroup(parts.hierarchies, log)
         self.machine: Machine | None = None
         self.network: SandboxNetwork | None = None
         self._is_given_back = False
@@ -77,6 +81,7 @@ class HostResources:
 
     def take(
         self,
+        bundle: Bundle,
         config: RuntimeConfig,
         plan: MachinePlan,
         machinery: Machinery,
@@ -85,10 +90,10 @@ class HostResources:
         timeline: Timeline,
         on_death: Callable[[str], None],
     ) -> Machine:
-        """Make the state directory with its journal, the share, and the machine, not yet booted.
+        """Make state directory, journal, cgroup and share, and the machine, not yet booted.
 
         Raises:
-            ShimError: the share could not be made; `give_back` then takes the rest back.
+            ShimError: one could not be made; `give_back` then takes the rest back.
         """
         for problem in remove_state(self._state_dir):
             self._log.warning("left by an earlier shim", problem=problem)
@@ -104,6 +109,7 @@ class HostResources:
             raise
         self._vcpus = plan.vcpus
         self._enter = timeline.enter
+        self.cgroup.make(bundle, config, journal)
         self._files = ContainerFiles(
             self._state_dir.directory, journal, self._parts.mounts, plan, self._log
         )
@@ -123,6 +129,8 @@ class HostResources:
                 create_container_s=config.agent.create_container_timeout_s,
                 create_sandbox_s=config.agent.create_container_timeout_s,
             ),
+            before_launch=self.cgroup.settle,
+            why_dead=self.cgroup.why_dead,
         )
         return self.machine
 
@@ -266,7 +274,9 @@ class HostResources:
 
         Poststop hooks are left to `run_poststop`; until then the journal stays.
         """
-        await self.stop_machine()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.stop_machine)
+            nursery.start_soon(self.cgroup.leave)
         if self._hooks is not None:
             await self._hooks.release_holder()
         self._is_given_back = True

@@ -46,11 +46,12 @@ from shimv2.timeline import Timeline
 
 if TYPE_CHECKING:
     from agent_proto.client import AgentClient
+    from agent_proto.pb import agent_pb2
+    from netns.model import Statistics
     from shimv2.bootstrap import ShimInvocation
     from shimv2.config import RuntimeConfig
     from shimv2.container_files import Prepared
     from shimv2.mounts import RootfsMount
-    from shimv2.sizing import Limits
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
     from shimv2.task_events import TaskEvents
@@ -247,6 +248,22 @@ class Sandbox:
         ended = await self._jobs.finish(self._delete, container, never_ran)
         return ended
 
+    async def statistics(self, container: Container) -> agent_pb2.StatsContainerResponse:
+        """A container's counters, from the guest; those of a pod's sandbox are the host's.
+
+        CRI takes them for what the whole pod costs, the VMM included.
+        """
+        if container.bundle.kind is ContainerKind.SANDBOX:
+            await container.init.admit(Operation.STATS)
+            if (of_host := self._host.cgroup.statistics()) is not None:
+                return of_host
+        return await container.stats()
+
+    def network_statistics(self) -> tuple[Statistics, ...]:
+        """What the host counted on the pod's interfaces."""
+        network = self._host.network
+        return network.statistics() if network is not None else ()
+
     # --- Creation ---
 
     def _configure(self, creation: Creation) -> RuntimeConfig:
@@ -276,9 +293,10 @@ class Sandbox:
         timeline = self.timeline = Timeline()
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._take_down_shielded)
-            self._resources = SandboxResources(self._configure(creation), self.log)
-            limits = self._resources.begin(container.bundle)
-            machine = await self._prepare_machine(self._configure(creation), limits)
+            self._resources = SandboxResources(
+                self._configure(creation), self.log, self._host.cgroup.limit
+            )
+            machine = await self._prepare_machine(container.bundle, self._configure(creation))
             timeline.enter("preparing the container's root filesystem")
             prepared: list[Prepared] = []
 
@@ -367,9 +385,10 @@ class Sandbox:
         if self.ended.is_set() or not self._is_up.is_set():
             raise Unavailable(self._reason or "the sandbox could not be created")
 
-    async def _prepare_machine(self, config: RuntimeConfig, limits: Limits) -> Machine:
+    async def _prepare_machine(self, bundle: Bundle, config: RuntimeConfig) -> Machine:
         """Check what the machine is made of; only then take the first things for it."""
         self.timeline.enter("checking what the virtual machine is made of")
+        limits = self.resources.begin(bundle)
         machinery = self._parts.machinery(config)
         try:
             plan = plan_machine(config, limits)
@@ -377,6 +396,7 @@ class Sandbox:
         except Exception as exc:
             raise await self._explained(exc) from exc
         return self._host.take(
+            bundle,
             config,
             plan,
             machinery,

@@ -18,7 +18,9 @@ from agent_proto.errors import AgentError
 from hypervisors.errors import HypervisorError
 from shimv2.bundle import ContainerKind
 from shimv2.machine_plan import base_size, maximum_size
+from shimv2.sandbox_cgroup import HostLimits
 from shimv2.sizing import (
+    MIB,
     Limits,
     Size,
     container_limits,
@@ -32,6 +34,8 @@ from shimv2.sizing import (
 from shimv2.vcpu_map import VcpuMap
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from agent_proto.client import AgentClient
     from agent_proto.pb import oci_pb2
     from hypervisors.base import VirtualMachine
@@ -40,6 +44,10 @@ if TYPE_CHECKING:
     from shimv2.config import RuntimeConfig
     from shimv2.container import Log
 
+# What a VMM and its daemons need beside the guest's memory. Source: Kata's RuntimeClass of QEMU has
+# 320 MiB of overhead; QEMU's translated code under emulation is bounded at 1 GiB by itself.
+_VMM_MIB: Final = 320
+_TRANSLATED_CODE_MIB: Final = 1024
 # A backend has few slots for memory: each step is at least this part of what there is.
 _GROWTH_PART: Final = 4
 
@@ -47,11 +55,16 @@ _GROWTH_PART: Final = 4
 class SandboxResources:
     """The limits of one sandbox's containers. Its methods may be called by several tasks."""
 
-    def __init__(self, config: RuntimeConfig, log: Log) -> None:
+    def __init__(
+        self, config: RuntimeConfig, log: Log, limit_host: Callable[[HostLimits], None]
+    ) -> None:
         self._base = base_size(config.hypervisor)
         self._maximum = maximum_size(config.hypervisor)
         self._is_static = config.runtime.static_sandbox_resource_mgmt
         self._log = log
+        self._limit_host = limit_host
+        self._single = ""  # the container that has the machine to itself
+        self._pause = ""  # or the one that only holds the pod together
         self._containers: dict[str, JsonObject] = {}
         self._pod = Limits()
         self._size = Size(vcpus=1, memory_mib=0)
@@ -73,8 +86,11 @@ class SandboxResources:
             InvalidArgument: its resources or the pod's annotations can't be read.
         """
         self._containers[bundle.container_id] = _resources(bundle)
-        if bundle.kind is ContainerKind.SANDBOX and self._is_static:
-            self._pod = sandbox_limits(bundle.annotations)
+        if bundle.kind is ContainerKind.SINGLE:
+            self._single = bundle.container_id
+        else:
+            self._pause = bundle.container_id
+            self._pod = sandbox_limits(bundle.annotations) if self._is_static else Limits()
         limits = self.limits
         size = wanted(self._base, limits)
         self._tell(size, within(size, self._maximum))
@@ -85,6 +101,7 @@ class SandboxResources:
         self._vm, self._agent, self._size = machine.vm, machine.agent, machine.size
         vcpus = min(self._maximum.vcpus, machine.max_vcpus)
         self._maximum = Size(vcpus=vcpus, memory_mib=self._maximum.memory_mib)
+        self._limit_host(self._host_limits(self._size))
 
     async def join(self, bundle: Bundle) -> None:
         """Make room for a container that is about to be created; undone by `leave`.
@@ -95,7 +112,9 @@ class SandboxResources:
         resources = _resources(bundle)
         container_limits(resources)
         self._containers[bundle.container_id] = resources
-        if not self._is_static:
+        if self._is_static:
+            self._limit_host(self._host_limits(self._size))
+        else:
             await self._grow()
 
     async def update(self, container_id: str, resources: JsonObject) -> None:
@@ -113,6 +132,7 @@ class SandboxResources:
         """Forget a container; tell whether `shrink` may now have something to give back."""
         self._containers.pop(container_id, None)
         self._vcpus.keep(self._pinned())
+        self._limit_host(self._host_limits(self._size))
         return not self._is_static and self._vm is not None
 
     async def shrink(self) -> None:
@@ -151,8 +171,11 @@ class SandboxResources:
             if vm is None or agent is None:
                 return
             before = self._size
+            goal = within(target, self._maximum)
+            larger = max(goal.memory_mib, before.memory_mib)
+            self._limit_host(self._host_limits(Size(vcpus=goal.vcpus, memory_mib=larger)))
             try:
-                await self._resize(vm, within(target, self._maximum))
+                await self._resize(vm, goal)
                 if self._size != before:
                     await agent.online_cpu_mem(
                         wait=True,
@@ -172,6 +195,32 @@ class SandboxResources:
             asked = min(max(target.memory_mib, step), self._maximum.memory_mib)
             memory_mib = await vm.resize_memory(asked)
             self._size = Size(vcpus=self._size.vcpus, memory_mib=memory_mib)
+
+    def _host_limits(self, size: Size) -> HostLimits:
+        """A pod is limited by kubelet, on the cgroup above; a container on its own by us."""
+        sets = [
+            cpu_numbers(cpu.get("cpus")) if isinstance(cpu := one.get("cpu"), dict) else ()
+            for name, one in self._containers.items()
+            if name != self._pause
+        ]
+        cpus = sorted({number for numbers in sets for number in numbers}) if all(sets) else []
+        pinned = ",".join(map(str, cpus))
+        if not self._single:
+            return HostLimits(cpus=pinned)
+        resources = self._containers.get(self._single, {})
+        limits = container_limits(resources)
+        vmm_mib = _VMM_MIB
+        if self._vm is not None and self._vm.accelerator == "tcg":
+            vmm_mib += _TRANSLATED_CODE_MIB
+        cpu = resources.get("cpu")
+        shares = cpu.get("shares") if isinstance(cpu, dict) else None
+        base = self._base.overhead_millicpus or self._base.default_millicpus
+        return HostLimits(
+            memory_bytes=(size.memory_mib + vmm_mib) * MIB if limits.memory_bytes else None,
+            millicpus=limits.millicpus + base if limits.millicpus else None,
+            shares=shares if isinstance(shares, int) and shares > 0 else None,
+            cpus=pinned,
+        )
 
     def _pinned(self) -> set[int]:
         found: set[int] = set()

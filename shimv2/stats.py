@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Final
 from shimv2.pb import cgroups_v1_pb2, cgroups_v2_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from agent_proto.pb import agent_pb2
+    from netns.model import Statistics
 
 V1_TYPE_URL: Final = "io.containerd.cgroups.v1.Metrics"
 V2_TYPE_URL: Final = "io.containerd.cgroups.v2.Metrics"
@@ -28,8 +31,20 @@ def host_is_unified() -> bool:
     return Path("/sys/fs/cgroup/cgroup.controllers").exists()
 
 
-def metrics(stats: agent_pb2.StatsContainerResponse, *, unified: bool) -> tuple[str, bytes]:
-    """The type URL and the encoded message for a host of that cgroup mode."""
+def metrics(
+    stats: agent_pb2.StatsContainerResponse,
+    *,
+    unified: bool,
+    network: Iterable[Statistics] = (),
+) -> tuple[str, bytes]:
+    """The type URL and the encoded message for a host of that cgroup mode.
+
+    `network` is what the host counted on the pod's interfaces; it takes the guest's place.
+    """
+    if network := tuple(network):
+        del stats.network_stats[:]
+        for one in network:
+            stats.network_stats.add(**one._asdict())
     if unified:
         return V2_TYPE_URL, _v2(stats).SerializeToString()
     return V1_TYPE_URL, _v1(stats).SerializeToString()

@@ -29,6 +29,7 @@ from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from shimv2.pb import runtime_options_pb2
 from shimv2.sandbox import Creation, Sandbox
+from shimv2.sandbox_cgroup import host_hierarchies
 from shimv2.state_dir import REPORTS_ROOT
 from shimv2.stdio import parse_stdio
 from shimv2.task_events import Publisher, TaskEvents, set_timestamp
@@ -260,8 +261,10 @@ class TaskService:
 
     async def stats(self, _context: CallContext, payload: bytes) -> bytes:
         request = pb.StatsRequest.FromString(payload)
-        found = await self._sandbox.container(request.id).stats()
-        type_url, value = stats.metrics(found, unified=stats.host_is_unified())
+        found = await self._sandbox.statistics(self._sandbox.container(request.id))
+        type_url, value = stats.metrics(
+            found, unified=stats.host_is_unified(), network=self._sandbox.network_statistics()
+        )
         response = pb.StatsResponse()
         response.stats.type_url = type_url
         response.stats.value = value
@@ -366,6 +369,7 @@ def real_parts(variant: str = "") -> Parts:
         load_config=partial(load_config, variant=variant),
         mounts=mounts,
         reports_root=REPORTS_ROOT,
+        hierarchies=host_hierarchies,
     )
 
 
