@@ -11,7 +11,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .machine import BlockDevice, GuestAddress, HybridVsock, NetDevice, Rng, SharedDirectory
+from .machine import (
+    HUGE_PAGE_MIB,
+    BlockDevice,
+    GuestAddress,
+    HybridVsock,
+    NetDevice,
+    Rng,
+    SharedDirectory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -138,6 +146,10 @@ def _memory(spec: MachineSpec) -> Body:
         "size": spec.memory_mib * MIB,
         "shared": any(isinstance(device, SharedDirectory) for device in spec.devices),
     }
+    if spec.huge_pages:
+        memory |= {"hugepages": True, "hugepage_size": HUGE_PAGE_MIB * MIB}
+    if spec.prealloc:
+        memory |= {"prefault": True}
     room = spec.max_memory_mib - spec.memory_mib
     if room >= MEMORY_STEP_MIB:
         # A step more: the first one begins at the next whole step above the machine's own memory.

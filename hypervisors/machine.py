@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from pathlib import Path
 
+# The size that every x86-64 has, and that hosts reserve unless told otherwise.
+HUGE_PAGE_MIB = 2
+
 Accelerator: TypeAlias = Literal["auto", "kvm", "tcg"]
 
 
@@ -105,6 +108,8 @@ class MachineSpec:
     parameters (console, panic, accelerator tuning) in front. `hotplug_ports` is how many devices
     can be attached at the same time later. `run_dir` is a private directory for the
     backend.
+    `huge_pages` takes the memory from the host's reserved huge pages, `prealloc` takes all of it at
+    the launch.
     `unprivileged` runs the VMM under a user of its own where the launcher is root.
     `network_namespace` is an open descriptor, the caller's, of the network namespace that the VMM
     runs in; None gives it one of its own with nothing in it.
@@ -118,6 +123,8 @@ class MachineSpec:
     max_vcpus: int
     memory_mib: int
     max_memory_mib: int
+    huge_pages: bool = False
+    prealloc: bool = False
     binary: Path
     run_dir: Path
     accelerator: Accelerator = "auto"

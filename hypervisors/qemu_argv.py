@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from .machine import (
+    HUGE_PAGE_MIB,
     BlockDevice,
     GuestAddress,
     KernelVsock,
@@ -158,7 +159,7 @@ def _machine_arguments(spec: MachineSpec, accelerator: str) -> list[str]:
     memory = f"size={spec.memory_mib}M"
     if spec.max_memory_mib > spec.memory_mib:
         memory += f",slots={MEMORY_SLOTS},maxmem={spec.max_memory_mib}M"
-    backend = memory_backend("mem", spec.memory_mib)
+    backend = memory_backend("mem", spec.memory_mib, spec)
     # fmt: off
     argv = [
         "-name", f"guest={spec.id},debug-threads=on",
@@ -197,14 +198,17 @@ def port_fd_set(port: int) -> int:
     return MAX_COLD_DEVICES + port
 
 
-def memory_backend(object_id: str, size_mib: int) -> dict[str, JsonValue]:
+def memory_backend(object_id: str, size_mib: int, spec: MachineSpec) -> dict[str, JsonValue]:
     """Shared memory: vhost-user daemons map it."""
-    return {
+    backend: dict[str, JsonValue] = {
         "qom-type": "memory-backend-memfd",
         "id": object_id,
         "size": size_mib * MIB,
         "share": True,
     }
+    if spec.huge_pages:
+        backend |= {"hugetlb": True, "hugetlbsize": HUGE_PAGE_MIB * MIB}
+    return backend | ({"prealloc": True} if spec.prealloc else {})
 
 
 def blockdev_node(device: BlockDevice, driver: str, fd_set: int) -> dict[str, JsonValue]:

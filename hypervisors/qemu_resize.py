@@ -126,7 +126,8 @@ class QemuResize:
             )
         name = f"{DIMM_PREFIX}{free[0]}"
         self._removals.forget(name)
-        await self._qmp.execute("object-add", qemu_argv.memory_backend(f"m-{name}", size))
+        backend = qemu_argv.memory_backend(f"m-{name}", size, self._spec)
+        await self._qmp.execute("object-add", backend)
         try:
             properties: dict[str, JsonValue] = {"driver": "pc-dimm", "id": name}
             await self._qmp.execute("device_add", properties | {"memdev": f"m-{name}"})

@@ -10,14 +10,13 @@ import os
 import re
 import stat
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from .errors import PreconditionFailed
-from .machine import BlockDevice, NetDevice, SharedDirectory
+from .machine import HUGE_PAGE_MIB, BlockDevice, NetDevice, SharedDirectory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from .machine import MachineSpec
 
 # Short enough for QEMU's node names (31) with our prefix, and free of its syntax (",", "=", ":").
@@ -35,9 +34,30 @@ INITRD_MAGICS: Final = (
     b"070701", b"070702", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x02\x21\x4c\x18",
     b"\xfd7zXZ\x00", b"BZh", b"\x5d\x00\x00",
 )  # fmt: skip
+HUGE_PAGES: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 PT_NOTE: Final = 4
 EM_X86_64: Final = 62
 XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
+
+
+def check_huge_pages(memory_mib: int, directory: Path = HUGE_PAGES) -> None:
+    """Refuse a machine for which too few huge pages are free: the guest would die by SIGBUS.
+
+    Raises:
+        PreconditionFailed.
+    """
+    needed = -(-memory_mib // HUGE_PAGE_MIB)
+    try:
+        free = int((directory / "free_hugepages").read_text())
+    except (OSError, ValueError):
+        free = 0
+    if memory_mib % HUGE_PAGE_MIB or free < needed:
+        raise PreconditionFailed(
+            "huge pages",
+            path=directory,
+            why=f"{free} of {HUGE_PAGE_MIB} MiB are free, {memory_mib} MiB of memory need {needed}",
+            fix="reserve more (vm.nr_hugepages), or set enable_hugepages = false",
+        )
 
 
 def check_values(spec: MachineSpec, cmdline: str) -> None:
@@ -58,6 +78,8 @@ def check_values(spec: MachineSpec, cmdline: str) -> None:
         refuse("memory", f"{spec.memory_mib} MiB", f"give at least {MIN_MEMORY_MIB} MiB")
     if spec.max_memory_mib < spec.memory_mib:
         refuse("maximum memory", f"{spec.max_memory_mib} MiB", f"give at least {spec.memory_mib}")
+    if spec.huge_pages:
+        check_huge_pages(spec.memory_mib)
     if len(cmdline.encode()) > MAX_CMDLINE_BYTES:
         refuse("kernel command line", "the kernel would cut it off", "keep it below 2048 bytes")
     if not cmdline.isprintable():

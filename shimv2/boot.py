@@ -422,6 +422,8 @@ def machine_spec(
         max_vcpus=plan.max_vcpus,
         memory_mib=plan.memory_mib,
         max_memory_mib=plan.max_memory_mib,
+        huge_pages=plan.huge_pages,
+        prealloc=plan.prealloc,
         binary=plan.binary,
         run_dir=state.directory,
         accelerator=plan.accelerator,  # type: ignore[arg-type]  # checked by the configuration

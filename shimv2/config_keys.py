@@ -141,8 +141,6 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     "hypervisor": {
         "memory_slots": "the backend lays out as many slots as the maximum of memory needs",
         "virtio_fs_queue_size": "the backend chooses the queue's size",
-        "enable_hugepages": "the VM's memory is ordinary pages, huge where the host makes them so",
-        "enable_mem_prealloc": "the VM's memory is taken when the guest first touches it",
         "entropy_source": "the guest's entropy comes from the host's urandom",
     },
     "agent": {

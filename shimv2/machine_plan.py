@@ -28,6 +28,8 @@ class MachinePlan:
     max_vcpus: int
     memory_mib: int
     max_memory_mib: int
+    huge_pages: bool
+    prealloc: bool
     machine_type: str
     accelerator: str
     virtiofsd: Path
@@ -93,6 +95,8 @@ def plan_machine(config: RuntimeConfig, limits: Limits | None = None) -> Machine
         max_vcpus=maximum.vcpus,
         memory_mib=size.memory_mib,
         max_memory_mib=maximum.memory_mib,
+        huge_pages=hypervisor.enable_hugepages,
+        prealloc=hypervisor.enable_mem_prealloc,
         machine_type=hypervisor.machine_type,
         accelerator=hypervisor.accelerator,
         virtiofsd=hypervisor.virtio_fs_daemon,

@@ -73,9 +73,9 @@ def test_values_reach_their_fields(write):
 
 
 def test_a_key_without_effect_is_named_once_it_is_set(write):
-    path = write("[hypervisor.qemu]\nenable_hugepages = true\nmemory_slots = 10\n")
+    path = write("[hypervisor.qemu]\nvirtio_fs_queue_size = 512\nmemory_slots = 10\n")
     warnings = " ".join(load_config(path).warnings)
-    assert "hypervisor.enable_hugepages has no effect here: " in warnings
+    assert "hypervisor.virtio_fs_queue_size has no effect here: " in warnings
     assert "memory_slots" not in warnings  # as it is without the line
 
 
