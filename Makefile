@@ -92,6 +92,10 @@ kvm-node: ## Run CMD on an emulated node with KVM; of what it writes only WRITAB
 	@test -e build/guest/manifest.json || $(MAKE) --no-print-directory setup guest shim
 	@$(PYTHON) -m tests.kvm_node $(addprefix --writable ,$(WRITABLE)) -- bash -c '$(CMD)'
 
+.PHONY: test-cri
+test-cri: setup tools guest shim ## All of Kubernetes' critest, against this shim and runc's
+	$(PYTHON) -m tests.cri $(SPECS)
+
 .PHONY: bench
 bench: setup guest shim ## Measure, and compare with runc's shim in the same run
 	$(PYTHON) -m tests.bench

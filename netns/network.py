@@ -22,6 +22,7 @@ import trio
 
 from netns.errors import KernelRefused, NamespaceGone, NetnsError, UnsupportedLink
 from netns.inside import MAX_FDS, Outcome, WorkFailed, run_inside, run_inside_blocking
+from netns.loopback import Steering, steer
 from netns.model import Endpoint, Layout, RateLimits, Scan, Statistics, Wiring
 from netns.namespace import Namespace
 from netns.plan import (
@@ -178,6 +179,10 @@ class PodNetwork:
             self._wired -= sum(each in gone for each in self.attached[: self._wired])
             self.attached = tuple(each for each in self.attached if each not in gone)
         return tuple(each.attachment.endpoint for each in gone)
+
+    async def steer_loopback(self) -> Steering:
+        """Take the connections to the namespace's loopback, as `netns.loopback.steer`."""
+        return await steer(self._namespace.fd)
 
     def statistics(self) -> tuple[Statistics, ...]:
         """Count what went through each endpoint. Reads one file; takes no lock of the network's."""

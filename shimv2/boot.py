@@ -28,6 +28,7 @@ from hypervisors.machine import MachineSpec, Rng, SharedDirectory, VmExit
 from shimv2.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from shimv2.failure import WAITING
 from shimv2.guest_vsock import GuestVsock
+from shimv2.port_forward import FORWARD_PORT
 from shimv2.rootfs import SHARE_TAG
 from shimv2.sizing import Size
 
@@ -216,6 +217,11 @@ class Machine:
         if self.agent is None or self.death is not None:
             raise Unavailable(self.death or "the virtual machine was stopped while it booted")
         return self.agent
+
+    async def dial_loopback(self) -> socket.socket:
+        """Connect to the agent's port for connections to the guest's loopback, or AgentError."""
+        assert self._vsock is not None
+        return await dial(self._vsock.endpoint(FORWARD_PORT), timeout_s=_CONNECT_DEADLINE_S)
 
     async def aclose(self) -> None:
         """Kill and reap everything. Idempotent; shielded, and bounded part by part."""
@@ -417,7 +423,9 @@ def machine_spec(
         id=sandbox_id,
         kernel=plan.kernel,
         initrd=plan.initrd,
-        cmdline=f"kata.ready_port={ready_port} {plan.kernel_params}".strip(),
+        cmdline=(
+            f"kata.ready_port={ready_port} kata.forward_port={FORWARD_PORT} {plan.kernel_params}"
+        ).strip(),
         vcpus=plan.vcpus,
         max_vcpus=plan.max_vcpus,
         memory_mib=plan.memory_mib,

@@ -83,7 +83,7 @@ class RuntimeSection:
 
     internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none
     disable_new_netns: bool = False
-    disable_guest_seccomp: bool = True
+    disable_guest_seccomp: bool = False
     sandbox_cgroup_only: bool = True
     static_sandbox_resource_mgmt: bool = True
     disable_guest_empty_dir: bool = False

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from shimv2.config import RuntimeConfig
     from shimv2.container_files import Prepared
     from shimv2.mounts import RootfsMount
+    from shimv2.sandbox_network import SandboxNetwork
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
     from shimv2.task_events import TaskEvents
@@ -343,11 +344,19 @@ class Sandbox:
             timeline.mark("created")
             undo.pop_all()
         self._is_up.set()
-        if not machine.shares and not self.ended.is_set():
+        if not self.ended.is_set():
+            self._start_followers(machine, network, self._configure(creation))
+
+    def _start_followers(
+        self, machine: Machine, network: SandboxNetwork, config: RuntimeConfig
+    ) -> None:
+        """Begin what keeps the guest in step with the host from now on."""
+        if not machine.shares:
             self.start_job(self._host.files.follow, self.agent)
-        can_grow = network.has_namespace and self._configure(creation).hypervisor.hotplug_ports > 0
-        if can_grow and machine.vm is not None and not self.ended.is_set():
-            self.start_job(network.follow, self.agent, machine.vm, self._host.tell_network)
+        if network.has_namespace:
+            self.start_job(network.forward, machine.dial_loopback, self._host.tell_network)
+            if config.hypervisor.hotplug_ports > 0 and machine.vm is not None:
+                self.start_job(network.follow, self.agent, machine.vm, self._host.tell_network)
 
     async def _join(self, container: Container, creation: Creation) -> None:
         """Add a container to the VM that is there, or is about to be."""

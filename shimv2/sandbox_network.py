@@ -20,6 +20,7 @@ from agent_proto.errors import AgentError
 from hypervisors.errors import HypervisorError
 from shimv2.errors import FailedPrecondition
 from shimv2.guest_network import device_id, emptied, interface, neighbours, net_device, routes
+from shimv2.port_forward import Dial, PortForward
 
 if TYPE_CHECKING:
     from agent_proto.client import AgentClient
@@ -70,6 +71,7 @@ class SandboxNetwork:
         self.is_late = False  # what is in the namespace at Start has come since Create
         self._working = trio.Lock()  # `wire`, a change and the end come from tasks of their own
         self._life = trio.CancelScope()  # of `follow`
+        self._forwarding = trio.CancelScope()  # of `forward`
         self._is_closed = False
 
     @classmethod
@@ -165,6 +167,20 @@ class SandboxNetwork:
         except (NetnsError, HypervisorError, AgentError) as error:
             tell(f"the pod's network did not reach the guest: {error}")
 
+    async def forward(self, dial: Dial, tell: Tell) -> None:
+        """Carry connections to the namespace's loopback into the guest; runs until `aclose`."""
+        if self._pod is None:
+            return
+        from netns.errors import NetnsError
+
+        with self._forwarding:
+            try:
+                steering = await self._pod.steer_loopback()
+            except NetnsError as error:
+                tell(f"ports cannot be forwarded to the pod: {error}")
+                return
+            await PortForward(steering, dial).run()
+
     async def _carry_over(
         self, pod: PodNetwork, agent: AgentClient, vm: Machine, tell: Tell
     ) -> None:
@@ -196,6 +212,7 @@ class SandboxNetwork:
         """
         self._is_closed = True
         self._life.cancel()
+        self._forwarding.cancel()
         # A `wire` under way ends first: within its own bound, and at once with its sandbox.
         async with self._working:
             problems = await self._pod.aclose() if self._pod is not None else []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from tests.harness import oci_image, pod_network, vmm
+from tests.harness import oci_image, pod_network, registry, vmm
 from tests.harness.configuration import CONFIGURATION, configurations
 from tests.harness.containerd_daemon import ADDRESS, ContainerdDaemon, ContainerdVersion, tool_cache
 from tests.harness.patience import patient
@@ -192,6 +192,18 @@ class Node:
     def find(self, text: str) -> list[NodeProcess]:
         """List the processes whose command line contains `text`."""
         return [process for process in self.processes() if text in process.command]
+
+    def serve_images(self, archives: Sequence[Path]) -> None:
+        """Serve the images of OCI archives to containerd, whatever registry it pulls them from."""
+        directory = f"{registry.CONFIGURATION}/_default"
+        self.write(f"{directory}/hosts.toml", registry.mirror_configuration())
+        program = [sys.executable, "-I", "-S", registry.__file__, str(registry.PORT)]
+        process = self.popen(
+            [*program, *map(str, archives)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the node's registry didn't start")
 
     def signal(self, pid: int, name: str) -> None:
         """Send a signal to a process of the node; `pid` is the one inside."""

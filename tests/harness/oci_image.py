@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ _ETC = {
     "etc/group": "root:x:0:\ntty:x:5:\nnobody:x:65534:\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
-_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # sigaction(TERM), sigaction(INT): exit(0); sigaction(CHLD): ignore, so that the kernel reaps; then
 # pause() for ever. With handlers, because Kata agents turn a TERM that has none into a KILL.
@@ -79,17 +79,14 @@ class Entry:
     link: str | None = None
 
 
-def busybox_entries() -> list[Entry]:
+def busybox_entries(binary: Path | None = None) -> list[Entry]:
     """Describe the busybox root filesystem: the binary, a symlink per applet, /etc, empty dirs.
 
-    Raises BusyboxMissing.
+    Without `binary` it is the machine's static one; raises BusyboxMissing. With it, the caller
+    adds the libraries.
     """
-    binary = shutil.which("busybox")
-    if binary is None:
-        raise BusyboxMissing("no busybox in PATH: install the package busybox-static")
-    data = Path(binary).read_bytes()
-    if _has_interpreter(data):
-        raise BusyboxMissing(f"{binary} is not static: install the package busybox-static")
+    binary = binary or _static_busybox()
+    data = binary.read_bytes()
     listing = subprocess.run([binary, "--list-full"], check=True, capture_output=True, text=True)
     entries = [Entry(path, 0o1777 if path == "tmp" else 0o755) for path in _DIRECTORIES]
     entries.append(Entry("bin/busybox", 0o755, data=data))
@@ -98,6 +95,15 @@ def busybox_entries() -> list[Entry]:
         if applet != "bin/busybox" and not applet.endswith("linuxrc"):
             entries.append(Entry(applet, 0o777, link="/bin/busybox"))
     return entries
+
+
+def _static_busybox() -> Path:
+    binary = shutil.which("busybox")
+    if binary is None:
+        raise BusyboxMissing("no busybox in PATH: install the package busybox-static")
+    if _has_interpreter(Path(binary).read_bytes()):
+        raise BusyboxMissing(f"{binary} is not static: install the package busybox-static")
+    return Path(binary)
 
 
 def pause_entries() -> list[Entry]:
@@ -125,10 +131,16 @@ def write_rootfs(entries: list[Entry], target: Path) -> None:
             path.chmod(entry.mode)
 
 
-def write_image(entries: list[Entry], name: str, process: Mapping[str, object], out: Path) -> Path:
+def write_image(
+    entries: list[Entry],
+    name: str,
+    process: Mapping[str, object],
+    out: Path,
+    more_names: Sequence[str] = (),
+) -> Path:
     """Write an image of one layer as an OCI archive; return its path.
 
-    `process` is the `config` object of the image: Cmd, Entrypoint, Env, WorkingDir.
+    `process` is the `config` object of the image: Cmd, Entrypoint, Env, WorkingDir, User.
     """
     layer = _layer(entries)
     packed = gzip.compress(layer, compresslevel=6, mtime=0)
@@ -150,18 +162,12 @@ def write_image(entries: list[Entry], name: str, process: Mapping[str, object], 
             "layers": [_descriptor("application/vnd.oci.image.layer.v1.tar+gzip", packed)],
         }
     )
-    listed = _descriptor("application/vnd.oci.image.manifest.v1+json", manifest)
-    listed["platform"] = {"architecture": "amd64", "os": "linux"}
-    listed["annotations"] = {
-        "io.containerd.image.name": name,
-        "org.opencontainers.image.ref.name": name.rpartition(":")[2],
-    }
     files = {
         "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
         "index.json": _json(
             {
                 "schemaVersion": 2,
-                "manifests": [listed],
+                "manifests": [_listed(manifest, each) for each in (name, *more_names)],
                 "mediaType": "application/vnd.oci.image.index.v1+json",
             }
         ),
@@ -183,13 +189,13 @@ def write_image(entries: list[Entry], name: str, process: Mapping[str, object], 
 
 def write_busybox_image(directory: Path) -> Path:
     """Write `busybox.tar` (image docker.io/library/busybox:latest) into `directory`."""
-    process = {"Env": [_PATH], "Cmd": ["sh"], "WorkingDir": "/"}
+    process = {"Env": [PATH], "Cmd": ["sh"], "WorkingDir": "/"}
     return write_image(busybox_entries(), BUSYBOX_IMAGE, process, directory / "busybox.tar")
 
 
 def write_pause_image(directory: Path) -> Path:
     """Write `pause.tar` (image docker.io/library/pause:latest) into `directory`."""
-    process = {"Env": [_PATH], "Entrypoint": ["/pause"], "WorkingDir": "/"}
+    process = {"Env": [PATH], "Entrypoint": ["/pause"], "WorkingDir": "/"}
     return write_image(pause_entries(), PAUSE_IMAGE, process, directory / "pause.tar")
 
 
@@ -207,6 +213,17 @@ def _layer(entries: list[Entry]) -> bytes:
                 member.size = len(entry.data)
             archive.addfile(member, io.BytesIO(entry.data) if entry.data is not None else None)
     return buffer.getvalue()
+
+
+def _listed(manifest: bytes, name: str) -> dict[str, object]:
+    return {
+        **_descriptor("application/vnd.oci.image.manifest.v1+json", manifest),
+        "platform": {"architecture": "amd64", "os": "linux"},
+        "annotations": {
+            "io.containerd.image.name": name,
+            "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+        },
+    }
 
 
 def _json(value: object) -> bytes:

@@ -17,6 +17,8 @@ pub struct Config {
     pub address: Address,
     /// Host port that wants to be told when the agent listens; 0: nobody.
     pub ready_port: u32,
+    /// Our port for connections to the pod's loopback; 0: none are taken.
+    pub forward_port: u32,
     pub log_level: String,
     pub hotplug_timeout: Duration,
     /// 0: the kernel's default.
@@ -28,6 +30,7 @@ impl Default for Config {
         Self {
             address: Address::Vsock { cid: libc::VMADDR_CID_ANY, port: AGENT_PORT },
             ready_port: 0,
+            forward_port: 0,
             log_level: "info".to_owned(),
             hotplug_timeout: HOTPLUG_TIMEOUT,
             container_pipe_bytes: 0,
@@ -49,6 +52,7 @@ impl Config {
     fn apply(&mut self, key: &str, value: &str) {
         match key {
             "kata.ready_port" => self.ready_port = value.parse().unwrap_or(0),
+            "kata.forward_port" => self.forward_port = value.parse().unwrap_or(0),
             "agent.log" => value.clone_into(&mut self.log_level),
             "agent.devmode" => "debug".clone_into(&mut self.log_level),
             "agent.server_addr" => {
@@ -97,11 +101,12 @@ mod tests {
     fn upstream_parameters_are_read_and_unknown_ones_ignored() {
         let config = Config::from_cmdline(
             "console=ttyS0 agent.log=debug agent.hotplug_timeout=7 agent.unknown=1 \
-             agent.server_addr=vsock://-1:2048 kata.ready_port=1030 quiet\n",
+             agent.server_addr=vsock://-1:2048 kata.ready_port=1030 kata.forward_port=1031 quiet\n",
         );
         assert_eq!(config.log_level, "debug");
         assert_eq!(config.hotplug_timeout, Duration::from_secs(7));
         assert_eq!(config.ready_port, 1030);
+        assert_eq!(config.forward_port, 1031);
         assert_eq!(config.address, Address::Vsock { cid: u32::MAX, port: 2048 });
     }
 

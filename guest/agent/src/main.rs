@@ -12,6 +12,7 @@ mod config;
 mod container;
 mod copy_file;
 mod devices;
+mod forward;
 mod fs_group;
 mod hugepages;
 mod io;
@@ -147,7 +148,7 @@ async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()
         nix::sys::prctl::set_child_subreaper(true).context(|| "subreaper".to_owned())?;
     }
     let reaper = Rc::new(Reaper::new().context(|| "reaper".to_owned())?);
-    let ready_port = config.ready_port;
+    let (ready_port, forward_port) = (config.ready_port, config.forward_port);
     let agent = Rc::new(Agent::new(config, is_init, reaper.clone())?);
     tokio::task::spawn_local(async move { reaper.run().await });
     if ready_port != 0 {
@@ -156,6 +157,9 @@ async fn serve(config: Config, is_init: bool, mut times: BootTimes) -> Result<()
     let watcher = agent.clone();
     tokio::task::spawn_local(async move { watcher.oom.run().await });
     tokio::task::spawn_local(agent.clone().settle());
+    if forward_port != 0 {
+        tokio::task::spawn_local(forward::serve(forward_port));
+    }
     loop {
         match vsock::accept(&listener).await {
             Ok(socket) => {

@@ -1,0 +1,53 @@
+"""The comparison with the list of specs that don't pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cri.critest import Outcome
+from tests.cri.expected import Expected, differences, read_list
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LISTED = [Expected("a b", "fails", ("kata",), "no such thing in a VM")]
+
+
+def told(outcome: str, *, spec: str = "a b", handler: str = "kata") -> list[str]:
+    ran = [Outcome(spec, outcome, "said so", 1.0)]
+    return differences(ran, LISTED, handler, is_whole=False)
+
+
+def test_what_does_as_listed_or_passes_unlisted_is_no_difference():
+    assert told("fails") == []
+    assert told("passes", spec="other") == []
+    assert told("passes", handler="runc") == []
+
+
+def test_failure_that_is_not_listed_is_told_with_its_message():
+    (text,) = told("fails", handler="runc")
+    assert "fails (not listed)" in text
+    assert "said so" in text
+
+
+def test_spec_that_passes_though_it_is_listed_is_told_with_the_reason():
+    assert "no such thing in a VM" in told("passes")[0]
+    assert told("skipped") != []
+
+
+def test_listed_spec_that_no_longer_exists_is_told_of_a_whole_run():
+    assert "no such spec" in differences([], LISTED, "kata", is_whole=True)[0]
+    assert differences([], LISTED, "kata", is_whole=False) == []
+
+
+def test_list_in_the_project_is_complete():
+    assert {each.outcome for each in read_list()} == {"fails", "skipped"}
+
+
+def test_group_without_a_reason_is_refused(tmp_path: Path):
+    path = tmp_path / "list.toml"
+    path.write_text('[[group]]\non = ["kata"]\noutcome = "fails"\nreason = ""\nspecs = ["a"]\n')
+    with pytest.raises(ValueError, match="not complete"):
+        read_list(path)
