@@ -40,6 +40,7 @@ def test_pod_of_two_containers_runs_execs_and_logs(crictl: Crictl) -> None:
     assert crictl.exec(web, "false", sync=True, check=False).returncode != 0
 
 
+@pytest.mark.smoke
 def test_two_pods_reach_each_other_by_ipv4_and_ipv6(crictl: Crictl) -> None:
     first, second = crictl.run_pod(), crictl.run_pod()
     crictl.run(first, "sh", "-c", _SERVE)

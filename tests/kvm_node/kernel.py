@@ -25,7 +25,7 @@ def unpacked_kernel() -> KernelPackage:
     if stamp.exists():
         found: dict[str, Any] = json.loads(stamp.read_text())
         root = Path(found["root"])
-        if found.pop("wanted") == wanted["version"] and root.is_dir():
+        if found.pop("wanted", None) == wanted["version"] and root.is_dir():
             return KernelPackage(**{**found, "root": root})
     shutil.rmtree(_DIRECTORY, ignore_errors=True)
     _DIRECTORY.mkdir(parents=True)
