@@ -10,8 +10,9 @@ import pytest
 from tests.harness.configuration import drop_in
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
+from tests.harness.ctr_pod import Pod
 from tests.harness.parts import VMM, find_parts, find_shims
-from tests.integration.test_pod import Pod
+from tests.harness.vmm import NAME
 
 if TYPE_CHECKING:
     from tests.harness.node import Node, NodeProcess
@@ -39,7 +40,8 @@ def directory(path: str) -> Path:
 def memory_limit(path: str) -> int:
     names = ("memory.limit_in_bytes", "memory.max")
     (file,) = (directory(path) / name for name in names if (directory(path) / name).exists())
-    return int(file.read_text())
+    text = file.read_text().strip()
+    return int(text) if text.isdigit() else 1 << 63
 
 
 def set_memory_limit(path: str, limit: int) -> None:
@@ -53,7 +55,8 @@ def test_vmm_daemons_and_shim_are_in_the_containers_cgroup_with_its_limits(
 ) -> None:
     container = fresh_id("placed")
     limits = ["--memory-limit", str(64 * MIB), "--cpu-quota", "50000", "--cpu-period", "100000"]
-    ctr.start(container, "sleep", "1000", options=limits)
+    with drop_in(node, f"[hypervisor.{NAME}]\ndefault_memory = 512\n"):
+        ctr.start(container, "sleep", "1000", options=limits)
     expected = f"/{node.name}/kata_{container}"
     (shim,) = find_shims(ctr)
     inside = [process for process in node.processes() if memory_cgroup(process) == expected]
@@ -64,7 +67,7 @@ def test_vmm_daemons_and_shim_are_in_the_containers_cgroup_with_its_limits(
         for process in node.processes()
         if "virtiofsd" in process.command and process not in inside
     ]
-    assert memory_limit(expected) > (2048 + 64 + 256) * MIB
+    assert memory_limit(expected) > (512 + 64 + 256) * MIB
     with Tasks(node) as tasks:
         before = memory_limit(expected)
         tasks.update(container, {"memory": {"limit": 256 * MIB}})
@@ -75,7 +78,7 @@ def test_vmm_daemons_and_shim_are_in_the_containers_cgroup_with_its_limits(
 
 def test_a_vmm_over_the_hosts_limit_is_reported_as_that(node: Node, ctr: Ctr) -> None:
     container = fresh_id("hostoom")
-    with drop_in(node, "[hypervisor.qemu]\ndefault_memory = 1024\n"), Tasks(node) as tasks:
+    with drop_in(node, f"[hypervisor.{NAME}]\ndefault_memory = 1024\n"), Tasks(node) as tasks:
         ctr.start(container, "sleep", "1000")
         path = f"/{node.name}/kata_{container}"
         used = directory(path) / "memory.usage_in_bytes"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.harness.configuration import drop_in
+from tests.harness.vmm import NAME
 
 if TYPE_CHECKING:
     from tests.harness.crictl import Crictl
@@ -32,7 +33,7 @@ def stats_of(crictl: Crictl, container: str) -> dict[str, Any]:
 
 
 def test_limits_statistics_and_an_update_of_a_pod_over_cri(node: Node, crictl: Crictl) -> None:
-    with drop_in(node, "[hypervisor.qemu]\ndefault_memory = 256\ndefault_maxvcpus = 4\n"):
+    with drop_in(node, f"[hypervisor.{NAME}]\ndefault_memory = 256\ndefault_maxvcpus = 4\n"):
         pod = crictl.run_pod(linux={"resources": resources(1.5, 256)})
         limits = {"resources": resources(1, 128)}
         script = "dd if=/dev/zero of=/tmp/f bs=1M count=8 2>/dev/null; while :; do :; done"

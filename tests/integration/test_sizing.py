@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("kata_only")
 
 MIB = 1 << 20
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _CPUS = "grep -c ^processor /proc/cpuinfo"
 _MEMORY = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"
 # What the guest's kernel keeps for itself of a machine of a few hundred MiB.
@@ -93,3 +95,21 @@ def test_a_pods_vm_grows_with_the_containers_that_join_it(node: Node, ctr: Ctr) 
             assert guest(ctr, three)[0] == 3, "more than default_maxvcpus there is not"
         finally:
             pod.remove()
+
+
+def test_memory_of_huge_pages_is_taken_from_the_hosts_reserve(node: Node, ctr: Ctr) -> None:
+    free = HUGE_PAGES / "free_hugepages"
+    settings = f"[hypervisor.{NAME}]\ndefault_memory = 256\nenable_hugepages = true\n"
+    container = fresh_id("huge")
+    if not free.exists() or int(free.read_text()) < 128:
+        with drop_in(node, settings):
+            done = ctr.run(container, "true")
+        assert "MiB of memory need 128; reserve more (vm.nr_hugepages)" in done.stderr
+        ctr.node.run(["ctr", "container", "rm", container], check=False)
+        return
+    before = int(free.read_text())
+    with drop_in(node, settings + "enable_mem_prealloc = true\n"):
+        ctr.start(container, "sleep", "1000")
+        assert int(free.read_text()) <= before - 128
+        ctr.remove(container)
+    assert int(free.read_text()) == before
