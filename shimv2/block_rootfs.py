@@ -22,6 +22,7 @@ from shimv2.disks import Disk
 from shimv2.rootfs import mount_root
 
 if TYPE_CHECKING:
+    from agent_proto.pb import agent_pb2
     from shimv2.bundle import Bundle
     from shimv2.journal import Journal
     from shimv2.mounts import RootfsMount
@@ -44,6 +45,7 @@ class DiskMount:
     fstype: str
     options: tuple[str, ...]
     mount_point: PurePosixPath
+    fs_group: agent_pb2.FSGroup | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

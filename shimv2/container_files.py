@@ -8,12 +8,13 @@ decided which of a container's mounts takes which way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from agent_proto.pb import agent_pb2
 from shimv2.block_rootfs import DiskMount, RootImages, snapshot_disk
+from shimv2.block_volumes import DeviceDisk, DirectVolumes, device_disks
 from shimv2.copies import Copies, Copy, plan_copy
 from shimv2.disks import Disks
 from shimv2.errors import InvalidArgument
@@ -43,6 +44,7 @@ class Prepared:
     container_id: str
     paths: GuestPaths
     mounts: list[DiskMount] = field(default_factory=list)
+    devices: list[DeviceDisk] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
 
 
@@ -50,12 +52,19 @@ class ContainerFiles:
     """What one VM's containers have of the host's files."""
 
     def __init__(
-        self, state: Path, journal: Journal, calls: MountCalls, plan: MachinePlan, log: Log
+        self,
+        sandbox_id: str,
+        state: Path,
+        journal: Journal,
+        calls: MountCalls,
+        plan: MachinePlan,
+        log: Log,
     ) -> None:
         self._journal = journal
         self._plan = plan
         self._images = RootImages(state, journal, calls, plan.rootfs_image_mib)
         self._disks = Disks()
+        self._direct_volumes = DirectVolumes(journal, sandbox_id)
         self._copies = Copies(log)
         self._log = log
         self.share = Share(state, journal, calls)
@@ -85,20 +94,50 @@ class ContainerFiles:
             InvalidArgument: a mount that can't be given to this VM, named with its reason.
             ShimError: the host refused something.
         """
+        devices = self._device_disks(bundle)
+        volumes = self._disk_volumes(bundle)
         root = snapshot_disk(bundle.container_id, rootfs) if self._plan.disks else None
         if root is None and not self._plan.shares:
             root = await self._images.make(bundle, rootfs)
         if self._plan.shares:
-            paths = self.share.add(bundle, rootfs if root is None else None)
+            paths = self.share.add(bundle, rootfs if root is None else None, without=volumes)
             for note in paths.notes:
                 self._log.warning("volume", container_id=bundle.container_id, text=note)
             prepared = Prepared(container_id=bundle.container_id, paths=paths)
         else:
-            prepared = _copied(bundle)
+            prepared = _copied(bundle, without=volumes)
         if root is not None:
             prepared.paths = replace(prepared.paths, root=root.root)
             prepared.mounts.append(root.mount)
+        for index, volume in volumes.items():
+            prepared.paths.sources[index] = volume.mount_point
+            prepared.mounts.append(volume)
+        prepared.devices = devices
         return prepared
+
+    def _device_disks(self, bundle: Bundle) -> list[DeviceDisk]:
+        devices = device_disks(bundle.spec, bundle.container_id)
+        if devices and not self._plan.disks:
+            raise InvalidArgument(
+                f"device {devices[0].container_path} is a disk of the host, and this VM takes none "
+                "while it runs; set hotplug_ports above 0 and disable_block_device_use = false"
+            )
+        return devices
+
+    def _disk_volumes(self, bundle: Bundle) -> dict[int, DiskMount]:
+        """The mounts of the spec that are disks, by their index."""
+        found = {}
+        for mount in shared_mounts(bundle.spec):
+            volume = self._direct_volumes.find(mount)
+            if volume is None:
+                continue
+            if not self._plan.disks:
+                raise InvalidArgument(
+                    f"mount {mount.destination} is a direct volume, and this VM takes no disk "
+                    "while it runs; set hotplug_ports above 0 and disable_block_device_use = false"
+                )
+            found[mount.index] = volume
+        return found
 
     async def hand_over(
         self, prepared: Prepared, vm: VirtualMachine, agent: AgentClient
@@ -115,6 +154,9 @@ class ContainerFiles:
         for mount in prepared.mounts:
             address = await self._disks.attach(vm, mount.disk, prepared.container_id)
             prepared.paths.storages.append(_storage(mount, address))
+        for device in prepared.devices:
+            address = await self._disks.attach(vm, device.disk, prepared.container_id)
+            prepared.paths.devices.append(_device(device, address))
         return prepared.paths
 
     async def release(self, container_id: str, vm: VirtualMachine | None) -> list[str]:
@@ -143,10 +185,12 @@ class ContainerFiles:
         self._copies.close()
 
 
-def _copied(bundle: Bundle) -> Prepared:
+def _copied(bundle: Bundle, without: Collection[int]) -> Prepared:
     sources: dict[int, PurePosixPath] = {}
     copies = []
     for mount in shared_mounts(bundle.spec):
+        if mount.index in without:
+            continue
         mount = replace(mount, source=bundle.path / mount.source)
         name = f"{bundle.container_id}-{mount.index}-{mount.source.name[-_MAX_NAME:]}"
         sources[mount.index] = SHARED_DIRECTORY / name
@@ -163,4 +207,14 @@ def _storage(mount: DiskMount, address: GuestAddress) -> agent_pb2.Storage:
         fstype=mount.fstype,
         options=mount.options,
         mount_point=str(mount.mount_point),
+        fs_group=mount.fs_group,
+    )
+
+
+def _device(device: DeviceDisk, address: GuestAddress) -> agent_pb2.Device:
+    return agent_pb2.Device(
+        type="mmioblk" if address.node else "blk",
+        id="" if address.node else address.pci_path,
+        vm_path=address.node,
+        container_path=device.container_path,
     )

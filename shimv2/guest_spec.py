@@ -62,6 +62,16 @@ class SharedMount:
     leads_host: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockDevice:
+    """A disk of the host that the spec lists among its devices."""
+
+    path: str  # in the container
+    major: int
+    minor: int
+    read_only: bool
+
+
 def check_spec(spec: JsonObject) -> None:
     """Refuse what no guest can be given. Cheap: asked before anything is taken for a container.
 
@@ -321,13 +331,46 @@ def _guest_namespaces(linux: JsonObject) -> list[JsonObject]:
     ]
 
 
+def block_devices(spec: JsonObject) -> list[BlockDevice]:
+    """List the host's disks that the spec gives to the container, one by one."""
+    linux = spec.get("linux") or {}
+    return [
+        BlockDevice(
+            path=str(device["path"]),
+            major=int(device["major"]),
+            minor=int(device["minor"]),
+            read_only="w" not in access,
+        )
+        for device in linux.get("devices") or []
+        if (access := _disk_access(device, linux)) is not None
+    ]
+
+
+def _disk_access(device: JsonObject, linux: JsonObject) -> str | None:
+    """How a container may use a disk that its spec lists; None if that is no disk of its own.
+
+    A privileged container lists every disk of the host: its own have a rule that names them.
+    """
+    numbers = (device.get("major"), device.get("minor"))
+    if device.get("type") != "b" or not all(isinstance(one, int) for one in numbers):
+        return None
+    resources = linux.get("resources") or {}
+    for rule in reversed(resources.get("devices") or []):
+        is_its = rule.get("type") == "b" and (rule.get("major"), rule.get("minor")) == numbers
+        if is_its:
+            return str(rule.get("access") or "rwm") if rule.get("allow") else None
+    return None if _allows_all_devices(resources) else "rwm"
+
+
 def _guest_devices(linux: JsonObject) -> list[JsonObject]:
     # A privileged container lists all of the host's devices; what it may use are its machine's.
     is_privileged = _allows_all_devices(linux.get("resources") or {})
     kept = []
     for device in linux.get("devices") or []:
         number = (device.get("major"), device.get("minor"))
-        if device.get("type") in ("c", "u") and number in _GUEST_DEVICES:
+        is_guests = device.get("type") in ("c", "u") and number in _GUEST_DEVICES
+        # The agent puts in the guest's numbers of a disk.
+        if is_guests or _disk_access(device, linux) is not None:
             kept.append(device)
         elif not is_privileged:
             raise InvalidArgument(

@@ -111,7 +111,12 @@ class HostResources:
         self._enter = timeline.enter
         self.cgroup.make(bundle, config, journal)
         self._files = ContainerFiles(
-            self._state_dir.directory, journal, self._parts.mounts, plan, self._log
+            self._invocation.sandbox_id,
+            self._state_dir.directory,
+            journal,
+            self._parts.mounts,
+            plan,
+            self._log,
         )
         self._files.open(config.runtime.sandbox_bind_mounts, config.hypervisor.guest_modules)
         self.machine = Machine(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import time
@@ -15,7 +17,7 @@ from tests.harness.configuration import changed_configuration, with_line
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.oci_image import BUSYBOX_IMAGE, busybox_entries, write_rootfs
-from tests.harness.parts import VIRTIOFSD, find_parts
+from tests.harness.parts import VIRTIOFSD, find_parts, find_shims
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,3 +203,45 @@ def test_a_read_only_snapshot_on_a_block_device_cannot_be_written_even_by_its_ma
         container = make_container(ctr, "rodisk", "sh", "/script", options=options)
         assert run_on(tasks, ctr, container, device, "ro") == 0
     assert image.read_bytes() == before
+
+
+def test_a_raw_device_is_a_node_and_a_direct_volume_is_mounted_inside(
+    node: Node, ctr: Ctr, volumes: Path
+) -> None:
+    (volumes / "raw.img").write_bytes(bytes(8 << 20))
+    (volumes / "content").mkdir()
+    (volumes / "content" / "hello").write_text("from the host\n")
+    make_ext4(volumes / "direct.img", "16M", volumes / "content")
+    published = "/tmp/volumes/published"
+    (volumes / "published").mkdir()
+    assigned = node.path("/run/kata-containers/shared/direct-volumes")
+    name = base64.urlsafe_b64encode(published.encode()).decode()
+    info = {
+        "volume-type": "block", "device": "/tmp/volumes/direct.img", "fstype": "ext4",
+        "metadata": {"fsGroup": "4321"}, "options": ["rw", "noatime"],
+    }  # fmt: skip
+    node.write(
+        f"/run/kata-containers/shared/direct-volumes/{name}/mountInfo.json", json.dumps(info)
+    )
+    script = (
+        "test -b $0 && echo raw | dd of=$0 conv=fsync 2>/dev/null; cat /direct/hello; "
+        "stat -c %g /direct; grep -c ' /direct ext4 .*noatime' /proc/mounts; echo inside >/direct/new"
+    )
+    container = fresh_id("volumes")
+    with loop_device(node, "/tmp/volumes/raw.img") as device:
+        options = ["--rm", "--device", device, *bind(published, "/direct", "rbind:rw")]
+        done = ctr.run(container, "sh", "-c", script, device, options=options)
+    assert (done.returncode, done.stdout) == (0, "from the host\n4321\n1\n"), done.stderr
+    assert (volumes / "raw.img").read_bytes()[:4] == b"raw\n"
+    assert read_image(volumes / "direct.img", "/new") == "inside\n"
+    assert os.listdir(assigned / name) == ["mountInfo.json"]
+    node.run(["rm", "-r", "/run/kata-containers/shared"])
+
+
+def test_a_killed_shim_leaves_no_image_and_no_mount(node: Node, ctr: Ctr) -> None:
+    container = fresh_id("killed")
+    with changed_configuration(node, without_sharing):
+        ctr.start(container, "sleep", "1000")
+        (shim,) = find_shims(ctr)
+        node.signal(shim.pid, "KILL")
+        ctr.remove(container)

@@ -11,6 +11,7 @@ import pytest
 from shimv2.bundle import Bundle, ContainerKind
 from shimv2.errors import InvalidArgument, ShimError, Unimplemented
 from shimv2.guest_spec import (
+    block_devices,
     check_spec,
     guest_process_message,
     guest_resources,
@@ -141,9 +142,38 @@ def test_a_mount_no_guest_can_have_is_refused_with_a_sentence(
 def test_devices_that_every_linux_has_are_kept_and_others_refused() -> None:
     fuse = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
     assert made(spec(linux={"devices": [fuse]})).Linux.Devices[0].Path == "/dev/fuse"
-    disk = {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
-    with pytest.raises(InvalidArgument, match=r"/dev/sda \(b 8:0\) is the host's"):
-        made(spec(linux={"devices": [disk]}))
+    loop = {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}
+    with pytest.raises(InvalidArgument, match=r"/dev/loop-control \(c 10:237\) is the host's"):
+        made(spec(linux={"devices": [loop]}))
+
+
+def disk_rule(access: str, *, allow: bool = True) -> dict[str, Any]:
+    return {"allow": allow, "type": "b", "major": 8, "minor": 0, "access": access}
+
+
+def test_disks_that_the_spec_lists_are_given_with_the_access_of_their_rule() -> None:
+    disk = {"path": "/dev/xvda", "type": "b", "major": 8, "minor": 0}
+    deny = {"allow": False, "access": "rwm"}
+    for rules, read_only in (([], False), ([disk_rule("rwm")], False), ([disk_rule("rm")], True)):
+        config = spec(linux={"devices": [disk], "resources": {"devices": [deny, *rules]}})
+        (found,) = block_devices(config)
+        assert (found.path, found.major, found.minor) == ("/dev/xvda", 8, 0)
+        assert found.read_only is read_only
+        assert made(config).Linux.Devices[0].Path == "/dev/xvda"
+        assert not made(config).Linux.Resources.Devices  # the numbers are the host's
+    denied = {"devices": [disk], "resources": {"devices": [disk_rule("rwm", allow=False)]}}
+    assert block_devices(spec(linux=denied)) == []
+
+
+def test_of_a_privileged_containers_disks_only_those_with_a_rule_are_its_own() -> None:
+    disks = [
+        {"path": f"/dev/{name}", "type": "b", "major": 8, "minor": minor}
+        for minor, name in enumerate(("sda", "sdb"))
+    ]
+    resources = {"devices": [{"allow": True, "access": "rwm"}, disk_rule("rwm")]}
+    config = spec(linux={"devices": disks, "resources": resources})
+    assert [one.path for one in block_devices(config)] == ["/dev/sda"]
+    assert [one.Path for one in made(config).Linux.Devices] == ["/dev/sda"]
 
 
 def test_a_privileged_container_gets_no_device_of_the_host() -> None:

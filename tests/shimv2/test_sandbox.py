@@ -178,10 +178,10 @@ async def test_what_is_missing_on_the_host_is_named_before_anything_is_taken(
         (
             {
                 "namespaces": [{"type": "network"}],
-                "devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}],
+                "devices": [{"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232}],
             },
             Code.INVALID_ARGUMENT,
-            "/dev/sda",
+            "/dev/kvm",
         ),
     ],
 )
