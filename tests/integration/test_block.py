@@ -225,7 +225,8 @@ def test_a_raw_device_is_a_node_and_a_direct_volume_is_mounted_inside(
     )
     script = (
         "test -b $0 && echo raw | dd of=$0 conv=fsync 2>/dev/null; cat /direct/hello; "
-        "stat -c %g /direct; grep -c ' /direct ext4 .*noatime' /proc/mounts; echo inside >/direct/new"
+        "stat -c %g /direct; grep -c ' /direct ext4 .*noatime' /proc/mounts; "
+        "echo inside >/direct/new"
     )
     container = fresh_id("volumes")
     with loop_device(node, "/tmp/volumes/raw.img") as device:
