@@ -361,9 +361,9 @@ class Container:
         """Change the container's limits in the guest, which grows for them if it can."""
         await self.init.admit(Operation.UPDATE)
         message = message_from_json(oci_pb2.LinuxResources, guest_resources(resources), "resources")
-        await self._host.resources.update(self.id, resources)
-        self._host.resources.adapt(message, self.id)
-        await self._ask(self._host.agent.update_container(self.id, message))
+        async with self._host.resources.update(self.id, resources):
+            self._host.resources.adapt(message, self.id)
+            await self._ask(self._host.agent.update_container(self.id, message))
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """The container's counters."""

@@ -10,6 +10,7 @@ big enough is told in the log; no container fails because of it, it has less tha
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -34,7 +35,7 @@ from shimv2.sizing import (
 from shimv2.vcpu_map import VcpuMap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from agent_proto.client import AgentClient
     from agent_proto.pb import oci_pb2
@@ -117,16 +118,26 @@ class SandboxResources:
         else:
             await self._grow()
 
-    async def update(self, container_id: str, resources: JsonObject) -> None:
-        """Make room for a container's new limits, before they are set in the guest.
+    @asynccontextmanager
+    async def update(self, container_id: str, resources: JsonObject) -> AsyncIterator[None]:
+        """Make room for a container's new limits, which the body sets in the guest.
+
+        If the body fails, the old ones count on; the machine keeps its size.
 
         Raises:
             InvalidArgument: they can't be read; nothing has changed.
         """
-        merged = _merged(self._containers.get(container_id, {}), resources)
+        before = self._containers.get(container_id, {})
+        merged = _merged(before, resources)
         container_limits(merged)
         self._containers[container_id] = merged
-        await self._grow()
+        try:
+            await self._grow()
+            yield
+        except BaseException:
+            if self._containers.get(container_id) is merged:
+                self._containers[container_id] = before
+            raise
 
     def leave(self, container_id: str) -> bool:
         """Forget a container; tell whether `shrink` may now have something to give back."""

@@ -58,7 +58,7 @@ def test_limits_size_the_vm_and_an_update_makes_it_grow(node: Node, ctr: Ctr) ->
         assert mib >= 640 + 256 - _KERNEL_MIB
         assert ctr.exec(container, "nproc", check=True).stdout.split() == ["2"]
         # The memory is there, not only announced.
-        fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=560M", "count=1"]
+        fill = ["dd", "if=/dev/zero", "of=/dev/null", "bs=480M", "count=1"]
         assert ctr.exec(container, *fill).returncode == 0
         ctr.remove(container)
 

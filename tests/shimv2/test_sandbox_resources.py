@@ -13,6 +13,7 @@ from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig, RuntimeS
 from shimv2.pb import containerd_task_pb2 as pb
 from tests.fakes.fake_process import SLEEP
 from tests.shimv2.shim_bench import ShimBench, pod_annotations, refusal, spec
+from ttrpc import Code
 
 MIB = 1 << 20
 
@@ -159,3 +160,15 @@ async def test_an_update_that_cant_be_read_changes_nothing(tmp_path: Path) -> No
         error = await refusal(update(shim, "c1", {"cpu": {"cpus": "no"}}))
         assert "not a list like 0-2,7" in str(error)
         assert shim.agent.called("UpdateContainer") == []
+
+
+async def test_an_update_that_the_guest_refuses_leaves_the_old_claim(tmp_path: Path) -> None:
+    async with ShimBench(tmp_path, config(static=False)).running() as shim:
+        shim.agent.program(SLEEP)
+        await shim.create("p1", pod("sandbox"))
+        await shim.run("c2", config=pod("container", cpus=1))
+        shim.agent.fail("UpdateContainer", Code.INTERNAL, "no such limit")
+        assert "no such limit" in str(await refusal(update(shim, "c2", {"cpu": {"quota": 500000}})))
+        shim.machine.resized.clear()
+        await shim.create("c3", pod("container", cpus=5))
+        assert shim.machine.resized == [("vcpus", 7)]
