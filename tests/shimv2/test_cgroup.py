@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shimv2 import undo
+from shimv2.cgroup_move import Move
 from shimv2.cgroup_path import Hierarchy, hierarchies, membership, overhead_path, sandbox_path
 from shimv2.cgroup_stats import read_statistics
-from shimv2.errors import InvalidArgument
+from shimv2.errors import FailedPrecondition, InvalidArgument
+from shimv2.journal import Journal
 from shimv2.sandbox_cgroup import HostLimits, SandboxCgroup
 from shimv2.stats import metrics
 
@@ -203,6 +205,31 @@ def test_an_oom_kill_names_the_nearest_limit(tmp_path: Path) -> None:
     assert cgroup.oom_report() == "killed by the host for the memory limit of 64 MiB of /pod"
     (tmp_path / "pod" / "memory.events").write_text("oom_kill 0\n")
     assert cgroup.oom_report() == ""
+
+
+def test_a_cgroup_that_cant_be_made_is_refused_and_the_journal_knows_it(tmp_path: Path) -> None:
+    (tmp_path / "none").write_text("no directory")
+    journal = Journal.open(str(tmp_path / "journal"))
+    hierarchy = Hierarchy(str(tmp_path / "none"), frozenset({"memory"}), "")
+    text = (
+        r"cgroup .*/kata_s1 cannot be made \(Not a directory\); let containerd make cgroups there"
+    )
+    with pytest.raises(FailedPrecondition, match=text):
+        SandboxCgroup.make([hierarchy], "/pod/kata_s1", journal)
+    assert [entry.kind for entry in journal.held] == ["cgroup"]
+    assert journal.undo() == []
+    journal.close()
+
+
+async def test_a_move_tells_which_directory_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "cgroup.procs").write_text("")
+    directories = [str(tmp_path / "one"), str(tmp_path / "two")]
+    with Move.start([os.getpid()], directories) as move:
+        failures = await move.done()
+    assert list(failures) == [directories[1]]
+    assert failures[directories[1]].strerror == "No such file or directory"
+    assert (tmp_path / "one" / "cgroup.procs").read_text() == str(os.getpid())
 
 
 def test_the_overhead_cgroup_is_outside_of_every_pods() -> None:
