@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from agent_proto.pb import agent_pb2
+from netns.model import Statistics
 from shimv2.pb import cgroups_v1_pb2, cgroups_v2_pb2
 from shimv2.stats import V1_TYPE_URL, V2_TYPE_URL, metrics
 
@@ -85,3 +88,19 @@ def test_a_flood_of_entries_is_cut() -> None:
         stats.cgroup_stats.blkio_stats.io_service_bytes_recursive.add(minor=minor, op="read")
     message = cgroups_v2_pb2.Metrics.FromString(metrics(stats, unified=True)[1])
     assert len(message.io.usage) == 256
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_what_the_host_counted_on_the_pods_interfaces_takes_the_guests_place(
+    unified: bool,
+) -> None:
+    stats = agent_pb2.StatsContainerResponse()
+    stats.network_stats.add(name="lo", rx_bytes=7)
+    names = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped")
+    counted = Statistics("eth0", 1, 2, 3, 4, 5, 6, 7, 8)
+    _, encoded = metrics(stats, unified=unified, network=[counted])
+    kind = cgroups_v2_pb2.Metrics if unified else cgroups_v1_pb2.Metrics
+    (shown,) = kind.FromString(encoded).network
+    assert shown.name == "eth0"
+    assert [getattr(shown, name) for name in names] == [1, 2, 3, 4]
+    assert (shown.tx_bytes, shown.tx_dropped) == (5, 8)
