@@ -12,8 +12,7 @@ overhead where there is a limit, the default where there is none. Why: decision 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from shimv2.errors import InvalidArgument
 
@@ -34,14 +33,14 @@ CPU_PERIOD: Final = "io.kubernetes.cri.sandbox-cpu-period"
 MEMORY: Final = "io.kubernetes.cri.sandbox-memory"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """What containers may use together, in thousandths of a CPU and in bytes. 0: no limit named."""
 
     millicpus: int = 0
     memory_bytes: int = 0
 
-    def __add__(self, other: Limits) -> Limits:
+    def plus(self, other: Limits) -> Limits:
+        """Return the sum, each for itself."""
         return Limits(
             millicpus=self.millicpus + other.millicpus,
             memory_bytes=self.memory_bytes + other.memory_bytes,
@@ -55,8 +54,7 @@ class Limits:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class Base(NamedTuple):
     """What the machine has besides its limits (`overhead`), and without any (`default`)."""
 
     default_millicpus: int
@@ -65,8 +63,7 @@ class Base:
     overhead_memory_mib: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
+class Size(NamedTuple):
     """So many vCPUs, so much memory."""
 
     vcpus: int
@@ -132,7 +129,7 @@ def total(limits: Iterable[Limits]) -> Limits:
     """Return the sum; those without a limit add nothing: they share the base."""
     result = Limits()
     for one in limits:
-        result += one
+        result = result.plus(one)
     return result
 
 

@@ -89,7 +89,7 @@ def test_a_machine_holds_what_its_containers_may_use_and_can_live(base: Base, so
 def test_more_limits_never_make_a_machine_smaller(base: Base, one: Limits, two: Limits) -> None:
     if not (one.millicpus and one.memory_bytes):
         return  # from the default to limit + overhead it may well become smaller
-    small, large = wanted(base, one), wanted(base, one + two)
+    small, large = wanted(base, one), wanted(base, one.plus(two))
     assert small.vcpus <= large.vcpus
     assert small.memory_mib <= large.memory_mib
 
