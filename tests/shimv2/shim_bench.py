@@ -14,7 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -28,6 +28,9 @@ from shimv2.task_service import SERVICE, TaskService
 from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.fake_hypervisor import FakeHypervisor, FakeMachine
 from ttrpc import Client, RemoteStatus, Server
+
+if TYPE_CHECKING:
+    from shimv2.cgroup_path import Hierarchy
 
 Message = Any
 
@@ -144,6 +147,7 @@ class ShimBench:
         self.hypervisor = FakeHypervisor()
         self.agent = FakeAgent(Path(self.state_dir.path) / "vsock.sock")
         self.agent_reports = True
+        self.hierarchies: tuple[Hierarchy, ...] = ()
         invocation = ShimInvocation(
             namespace="default", id="c1", containerd_address="/c.sock", bundle_path=str(root)
         )
@@ -157,6 +161,7 @@ class ShimBench:
                 load_config=lambda path, annotations: self.config,
                 mounts=self.mounts,
                 reports_root=str(root / "reports"),
+                hierarchies=lambda: self.hierarchies,
             ),
         )
         self._nursery: trio.Nursery | None = None

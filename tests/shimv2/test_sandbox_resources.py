@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hypervisors.errors import Unsupported
+from shimv2.cgroup_path import Hierarchy
 from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig, RuntimeSection
 from shimv2.pb import containerd_task_pb2 as pb
 from tests.fakes.fake_process import SLEEP
@@ -172,3 +173,15 @@ async def test_an_update_that_the_guest_refuses_leaves_the_old_claim(tmp_path: P
         shim.machine.resized.clear()
         await shim.create("c3", pod("container", cpus=5))
         assert shim.machine.resized == [("vcpus", 7)]
+
+
+async def test_no_vmm_runs_where_its_memory_would_not_be_counted(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    async with ShimBench(tmp_path, config(static=True)).running() as shim:
+        shim.hierarchies = (Hierarchy(str(tmp_path / "memory"), frozenset({"memory"}), ""),)
+        linux = spec()["linux"] | {"cgroupsPath": "/pod/c1"}
+        error = await refusal(shim.create(config=spec(linux=linux)))
+        # A plain directory is no cgroup.
+        assert "/pod/kata_c1 takes no process (No such file or directory)" in str(error)
+        assert shim.hypervisor.machines == []
+        assert list((tmp_path / "memory" / "pod").iterdir()) == []
