@@ -89,6 +89,8 @@ class ClhDevices:
         """See `VirtualMachine.attach`."""
         self._refuse_unpluggable(device)
         async with self._lock:
+            if self._has_ended:
+                raise ControlLost(f"attach {device.id}")
             if device.id in self.addresses:
                 raise PreconditionFailed(
                     "device id", path=None, why=f"{device.id!r} is in use", fix="choose another"

@@ -27,6 +27,7 @@ from .child import spawn
 from .clh_devices import API, NAME
 from .clh_machine import ClhMachine
 from .disk_nodes import DiskNodes, lease
+from .empty_root import CLONE_NEWNS, read_only_root
 from .errors import (
     CommandTimeout,
     ControlError,
@@ -126,6 +127,9 @@ class CloudHypervisor:
                 host = _open_host_side(spec, directory, table, has_landlock)
                 if nodes is not None:
                     host = replace(host, images=_show_disks(spec, nodes, host, shown, undo))
+                namespaces = isolation.machine_namespaces(spec.network_namespace)
+                if isolation.hides_files():
+                    namespaces["unshare"] |= CLONE_NEWNS
                 child = await spawn(
                     NAME,
                     _argv(spec, table.add(listener.fileno()), table.add(monitor.theirs.fileno())),
@@ -133,8 +137,8 @@ class CloudHypervisor:
                     pass_fds=table.pass_fds,
                     stdout=console.theirs.fileno(),
                     user=account,
-                    **isolation.machine_namespaces(spec.network_namespace),
                     no_new_privileges=True,
+                    **namespaces,
                 )
                 undo.push_async_callback(child.aclose)
             machine = ClhMachine(
@@ -142,6 +146,8 @@ class CloudHypervisor:
                 nodes=nodes, directory=host.directory,
             )  # fmt: skip
             await _start(machine, spec, child, api, clh_config.vm_config(spec, host))
+            if isolation.hides_files():
+                await read_only_root(NAME, child.pid)
             shown.close()
             _publish(spec, directory)
             machine.keep(undo.pop_all())
@@ -316,7 +322,13 @@ def _disk_nodes(
     if not confined or os.geteuid() != 0 or not _has_disks(spec):
         return None
     nodes = DiskNodes(directory.path / clh_config.DISKS_NAME, account)
-    nodes.mount()
+    try:
+        nodes.mount()
+    except OSError as error:
+        raise PreconditionFailed(
+            "directory for the VMM's disks", path=directory.path, why="cannot be mounted",
+            errno=error.errno, fix="run the shim as root with CAP_SYS_ADMIN, or hotplug_ports = 0",
+        ) from error  # fmt: skip
     undo.callback(nodes.unmount)
     return nodes
 

@@ -6,7 +6,8 @@ pid for the container's files (`nerdctl cp`) does not read or write the host's.
 
 pivot_root moves the root of every process that has the namespace's old one, so it can be done to
 the VMM from outside, by a process that has entered its mount namespace. That is a forked child: the
-caller must not go there.
+caller must not go there. A VMM that opens disks by name while it runs keeps the root, which then
+cannot be written by any way through its process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import errno
 import os
 import signal
+import struct
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
@@ -25,13 +27,20 @@ from .errors import LaunchFailed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Step = tuple[str, Callable[[], int]]
+    Steps = Callable[[ctypes.CDLL], tuple[Step, ...]]
+
 # A handful of system calls.
 DEADLINE_S: Final = 5.0
 
 # Source: linux/sched.h, linux/mount.h, sys/mount.h, asm/unistd_64.h
 CLONE_NEWNS: Final = 0x00020000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_MS_REC, _MS_PRIVATE, _MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
+_SYS_MOUNT_SETATTR: Final = 442
+_MOUNT_ATTR_RDONLY: Final = 1
+_AT_FDCWD: Final = -100
+_AT_RECURSIVE: Final = 0x8000
 _MNT_DETACH: Final = 2
 _SYS_PIVOT_ROOT: Final = 155
 # Exists wherever a VMM runs; only hidden for as long as it takes.
@@ -44,13 +53,28 @@ async def empty_root(name: str, pid: int) -> None:
     Raises:
         LaunchFailed: it can still see the host's files.
     """
+    await _change_root(name, pid, _pivot)
+
+
+async def read_only_root(name: str, pid: int) -> None:
+    """Make every file system read-only for the VMM `pid`, as `empty_root`; devices stay writable.
+
+    What is unmounted on the host goes there, too.
+
+    Raises:
+        LaunchFailed: it can still write the host's files.
+    """
+    await _change_root(name, pid, _forbid_writing)
+
+
+async def _change_root(name: str, pid: int, steps: Steps) -> None:
     child_exec.prepare()
     answer, far = os.pipe2(os.O_CLOEXEC)
     try:
         try:
             helper = os.fork()
             if helper == 0:
-                _work_and_exit(pid, far)
+                _work_and_exit(pid, far, steps)
         finally:
             os.close(far)
         said = await _collect(helper, answer)
@@ -84,17 +108,17 @@ def _reap(pidfd: int) -> None:
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
 
 
-def _work_and_exit(pid: int, answer: int) -> NoReturn:
+def _work_and_exit(pid: int, answer: int, steps: Steps) -> NoReturn:
     said = b""
     try:
         child_exec.leave_parent(keep=answer)
-        said = _pivot(pid, ctypes.CDLL(None, use_errno=True))
+        said = _work(pid, ctypes.CDLL(None, use_errno=True), steps)
     finally:
         os.write(answer, said)
         os._exit(0)
 
 
-def _pivot(pid: int, libc: ctypes.CDLL) -> bytes:
+def _work(pid: int, libc: ctypes.CDLL, steps: Steps) -> bytes:
     path = f"/proc/{pid}/ns/mnt"
     try:
         namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -104,16 +128,33 @@ def _pivot(pid: int, libc: ctypes.CDLL) -> bytes:
         return b"done"  # dead, which others tell
     except OSError as error:
         return f"namespace {error.errno}".encode()
+    enter: Step = ("setns", lambda: libc.setns(namespace, CLONE_NEWNS))
+    for stage, step in (enter, *steps(libc)):
+        if step() != 0:
+            return f"{stage} {ctypes.get_errno()}".encode()
+    return b"done"
+
+
+def _pivot(libc: ctypes.CDLL) -> tuple[Step, ...]:
     flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    steps: tuple[tuple[str, Callable[[], int]], ...] = (
-        ("setns", lambda: libc.setns(namespace, CLONE_NEWNS)),
+    return (
         ("private", lambda: libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None)),
         ("mount", lambda: libc.mount(b"none", _PLACE, b"tmpfs", flags, b"size=4k,mode=555")),
         ("chdir", lambda: libc.chdir(_PLACE)),
         ("pivot_root", lambda: libc.syscall(_SYS_PIVOT_ROOT, b".", b".")),
         ("umount", lambda: libc.umount2(b".", _MNT_DETACH)),
     )
-    for stage, step in steps:
-        if step() != 0:
-            return f"{stage} {ctypes.get_errno()}".encode()
-    return b"done"
+
+
+def _forbid_writing(libc: ctypes.CDLL) -> tuple[Step, ...]:
+    attributes = struct.pack("4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
+
+    def set_read_only() -> int:
+        where = (_AT_FDCWD, b"/", _AT_RECURSIVE)
+        result: int = libc.syscall(_SYS_MOUNT_SETATTR, *where, attributes, len(attributes))
+        return result
+
+    return (
+        ("slave", lambda: libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None)),
+        ("mount_setattr", set_read_only),
+    )
