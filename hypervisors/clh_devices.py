@@ -12,7 +12,7 @@ import trio
 
 from . import clh_config, spec_check
 from .clh_threads import vcpu_threads, wait_threads_ended
-from .disk_nodes import lease
+from .disk_lease import lease
 from .errors import (
     ControlError,
     ControlLost,
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .bounded_json import JsonValue
-    from .disk_nodes import DiskNodes, Lease
+    from .disk_lease import Lease
+    from .disk_nodes import DiskNodes
     from .http_api import HttpApi
     from .machine import Device, GuestAddress, MachineSpec
 

@@ -26,7 +26,8 @@ from . import accel, clh_config, isolation, spec_check
 from .child import spawn
 from .clh_devices import API, NAME
 from .clh_machine import ClhMachine
-from .disk_nodes import DiskNodes, lease
+from .disk_lease import lease
+from .disk_nodes import DiskNodes
 from .empty_root import CLONE_NEWNS, read_only_root
 from .errors import (
     CommandTimeout,

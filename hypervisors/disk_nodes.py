@@ -4,8 +4,7 @@ A disk gets a device node in a directory of the VMM's user's own; an image file 
 device first. The directory is a file system of its own, because nodes mean nothing where the host's
 /run lies. A node exists only while the VMM opens it.
 
-The VMM's own lock on a disk would be on that node, so the lock against other machines is ours: on
-the file or node that was named, for as long as the lease lives.
+The VMM's own lock on a disk would be on that node: what keeps other machines away is the lease.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import fcntl
 import os
 import stat
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from . import spec_check
 from .errors import PreconditionFailed
 
 if TYPE_CHECKING:
@@ -28,14 +25,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .child_exec import Account
+    from .disk_lease import Lease
     from .machine import BlockDevice
 
 # Source: sys/mount.h
 _MS_NOSUID, _MS_NOEXEC = 2, 8
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
-# Source: linux/fcntl.h; struct flock of x86-64.
-_F_OFD_SETLK: Final = 37
-_FLOCK: Final = "hhqqi4x"
 # Source: linux/loop.h: struct loop_config, of which loop_info64 is the larger part.
 _LOOP_CTL_GET_FREE: Final = 0x4C82
 _LOOP_CONFIGURE: Final = 0x4C0A
@@ -46,19 +41,6 @@ _LOOP_CONFIG: Final = struct.Struct("=II 5Q 4I 64s 64s 32s 2Q 8Q")
 # Another program may take the free device first.
 _LOOP_ATTEMPTS: Final = 8
 _NODES: Final = 64
-
-
-@dataclass(slots=True)
-class Lease:
-    """A disk in use by one machine. `close` gives it back to others; idempotent."""
-
-    fd: int
-
-    def close(self) -> None:
-        """Let others have it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 class DiskNodes:
@@ -106,29 +88,6 @@ class DiskNodes:
             if self._account is not None:
                 os.chown(node, self._account.uid, self._account.gid)
             yield device.id
-
-
-def lease(device: BlockDevice) -> Lease:
-    """Open a disk and keep other machines from it: from writing, when this one only reads.
-
-    Raises:
-        PreconditionFailed: as `spec_check.open_block`, or another machine has it.
-    """
-    fd, _ = spec_check.open_block(device)
-    kind = fcntl.F_RDLCK if device.read_only else fcntl.F_WRLCK
-    try:
-        fcntl.fcntl(fd, _F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as error:
-        os.close(fd)
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        raise PreconditionFailed(
-            f"block device {device.id}",
-            path=device.path,
-            why="in use by another device or machine",
-            fix="detach it there first",
-        ) from error
-    return Lease(fd)
 
 
 @contextlib.contextmanager

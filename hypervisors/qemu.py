@@ -19,6 +19,7 @@ import trio
 
 from . import accel, isolation, qemu_argv, spec_check
 from .child import spawn
+from .disk_lease import lease
 from .empty_root import CLONE_NEWNS, empty_root
 from .errors import ControlLost, LaunchFailed, Unsupported
 from .machine import (
@@ -193,9 +194,9 @@ def _open_blocks(spec: MachineSpec, stack: contextlib.ExitStack) -> dict[str, qe
     blocks: dict[str, qemu_argv.OpenBlock] = {}
     for device in spec.devices:
         if isinstance(device, BlockDevice):
-            block = qemu_argv.OpenBlock(*spec_check.open_block(device))
-            stack.callback(os.close, block.fd)
-            blocks[device.id] = block
+            leased = lease(device)
+            stack.callback(leased.close)
+            blocks[device.id] = qemu_argv.OpenBlock(leased.fd, leased.driver)
     return blocks
 
 

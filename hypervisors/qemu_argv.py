@@ -212,13 +212,17 @@ def memory_backend(object_id: str, size_mib: int, spec: MachineSpec) -> dict[str
 
 
 def blockdev_node(device: BlockDevice, driver: str, fd_set: int) -> dict[str, JsonValue]:
-    """The host side of a block device, opened by us. Node names have at most 31 characters."""
+    """The host side of a block device, opened and locked by us.
+
+    Node names have at most 31 characters.
+    """
     return {
         "driver": driver,
         "node-name": f"b-{device.id}",
         "filename": f"/dev/fdset/{fd_set}",
         "read-only": device.read_only,
         "discard": "unmap",
+        "locking": "off",
     }
 
 

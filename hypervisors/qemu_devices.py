@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from . import qemu_argv, spec_check
+from .disk_lease import lease
 from .errors import ControlError, PreconditionFailed, Unsupported
 from .machine import BlockDevice, NetDevice
 from .qemu_removal import Removals
@@ -148,13 +149,13 @@ class QemuDevices:
     async def _add_image(self, device: BlockDevice, plugged: _Plugged) -> None:
         """Open the image here: the VMM's user need not be able to."""
         fd_set = qemu_argv.port_fd_set(plugged.port)
-        fd, driver = spec_check.open_block(device)
+        leased = lease(device)
         try:
-            await self._qmp.execute("add-fd", {"fdset-id": fd_set}, fds=[fd])
+            await self._qmp.execute("add-fd", {"fdset-id": fd_set}, fds=[leased.fd])
         finally:
-            os.close(fd)
+            leased.close()
         plugged.release.append(("remove-fd", {"fdset-id": fd_set}))
-        node = qemu_argv.blockdev_node(device, driver, fd_set)
+        node = qemu_argv.blockdev_node(device, leased.driver, fd_set)
         await self._qmp.execute("blockdev-add", node)
         # Released first: the descriptors of a set that is in use stay.
         plugged.release.insert(0, ("blockdev-del", {"node-name": node["node-name"]}))

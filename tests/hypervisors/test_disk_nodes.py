@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hypervisors.child_exec import Account
-from hypervisors.disk_nodes import DiskNodes, lease
+from hypervisors.disk_lease import lease
+from hypervisors.disk_nodes import DiskNodes
 from hypervisors.errors import PreconditionFailed
 from hypervisors.machine import BlockDevice
 

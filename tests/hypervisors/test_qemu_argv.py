@@ -79,7 +79,7 @@ GOLDEN = r"""
 -netdev tap,id=n-net0,fds=9:10
 -device {"driver":"virtio-net-pci","id":"net0","netdev":"n-net0","mac":"02:00:00:00:00:01","host_mtu":1450,"romfile":"","mq":true,"vectors":6,"bus":"pcie.0","addr":"0x03"}
 -add-fd fd=11,set=3
--blockdev {"driver":"file","node-name":"b-disk0","filename":"/dev/fdset/3","read-only":true,"discard":"unmap"}
+-blockdev {"driver":"file","node-name":"b-disk0","filename":"/dev/fdset/3","read-only":true,"discard":"unmap","locking":"off"}
 -device {"driver":"virtio-blk-pci","id":"disk0","drive":"b-disk0","serial":"s1","bus":"pcie.0","addr":"0x04"}
 -object {"qom-type":"rng-random","id":"s-rng","filename":"/dev/urandom"}
 -device {"driver":"virtio-rng-pci","id":"rng","rng":"s-rng","bus":"pcie.0","addr":"0x05"}
