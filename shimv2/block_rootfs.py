@@ -111,13 +111,11 @@ class RootImages:
         self._journal.take("file", path=str(image), container=container_id)
         tree = self._state / f"image-{container_id}"
         entries = mount_root(self._journal, self._calls, bundle, rootfs, tree / rootfs_image.ROOTFS)
-        await rootfs_image.build_image(
-            tree, image, self._size_mib, self._journal, container_id=container_id
-        )
+        what = f"rootfs of container {container_id}"
+        await rootfs_image.build_image(tree, image, self._size_mib, self._journal, what=what)
         # What cannot be undone now stays in the journal; the container's removal names it.
         self._journal.undo_some(entries)
         place = mount_point(container_id, "rootfs")
-        what = f"rootfs of container {container_id}"
         disk = Disk(path=image, read_only=False, what=what, is_lasting=False)
         return DiskRoot(
             mount=DiskMount(disk=disk, fstype="ext4", options=(), mount_point=place),

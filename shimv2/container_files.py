@@ -13,21 +13,23 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from agent_proto.pb import agent_pb2
+from shimv2 import termination_log
 from shimv2.block_rootfs import DiskMount, RootImages, snapshot_disk
 from shimv2.block_volumes import DeviceDisk, DirectVolumes, device_disks
 from shimv2.copies import Copies, Copy, plan_copy
 from shimv2.disks import Disks
+from shimv2.empty_dirs import EmptyDirs
 from shimv2.errors import InvalidArgument
 from shimv2.guest_spec import SHARED_DIRECTORY, shared_mounts
 from shimv2.rootfs import GuestPaths, Share
 
 if TYPE_CHECKING:
-    from pathlib import Path, PurePosixPath
+    from pathlib import Path
 
     from agent_proto.client import AgentClient
     from hypervisors.base import VirtualMachine
     from hypervisors.machine import GuestAddress
-    from shimv2.bundle import Bundle
+    from shimv2.bundle import Bundle, JsonObject
     from shimv2.container import Log
     from shimv2.journal import Journal
     from shimv2.machine_plan import MachinePlan
@@ -63,6 +65,7 @@ class ContainerFiles:
         self._journal = journal
         self._plan = plan
         self._images = RootImages(state, journal, calls, plan.rootfs_image_mib)
+        self._empty_dirs = EmptyDirs(state, journal, plan.rootfs_image_mib)
         self._disks = Disks()
         self._direct_volumes = DirectVolumes(journal, sandbox_id)
         self._copies = Copies(log)
@@ -105,7 +108,7 @@ class ContainerFiles:
                 self._log.warning("volume", container_id=bundle.container_id, text=note)
             prepared = Prepared(container_id=bundle.container_id, paths=paths)
         else:
-            prepared = _copied(bundle, without=volumes)
+            prepared = await self._unshared(bundle, without=volumes)
         if root is not None:
             prepared.paths = replace(prepared.paths, root=root.root)
             prepared.mounts.append(root.mount)
@@ -113,6 +116,27 @@ class ContainerFiles:
             prepared.paths.sources[index] = volume.mount_point
             prepared.mounts.append(volume)
         prepared.devices = devices
+        return prepared
+
+    async def _unshared(self, bundle: Bundle, without: Collection[int]) -> Prepared:
+        # The root comes as a disk.
+        paths = GuestPaths(root=SHARED_DIRECTORY)
+        prepared = Prepared(container_id=bundle.container_id, paths=paths)
+        for mount in shared_mounts(bundle.spec):
+            if mount.index in without:
+                continue
+            mount = replace(mount, source=bundle.path / mount.source)
+            volume = await self._empty_dirs.make(mount, bundle.spec)
+            if volume is not None:
+                paths.sources[mount.index] = volume.path
+                paths.storages.extend(volume.storages)
+                prepared.mounts.extend(volume.mounts)
+                continue
+            name = f"{bundle.container_id}-{mount.index}-{mount.source.name[-_MAX_NAME:]}"
+            paths.sources[mount.index] = SHARED_DIRECTORY / name
+            prepared.copies.append(
+                plan_copy(mount, bundle.container_id, paths.sources[mount.index])
+            )
         return prepared
 
     def _device_disks(self, bundle: Bundle) -> list[DeviceDisk]:
@@ -168,6 +192,16 @@ class ContainerFiles:
         problems = await self._disks.release(vm, container_id)
         return [*problems, *self.share.remove(container_id)]
 
+    async def bring_back(self, container_id: str, spec: JsonObject, agent: AgentClient) -> None:
+        """Before the guest removes a container: what it left in its termination log, to the host.
+
+        Raises:
+            AgentError, OSError, ShimError: it stays in the guest.
+        """
+        path = None if self._plan.shares else termination_log.host_file(spec)
+        if path is not None:
+            termination_log.write(path, await agent.get_diagnostic_data(container_id))
+
     def writers(self) -> set[str]:
         """The containers whose disks the guest must unmount before its machine is stopped."""
         return self._disks.writers()
@@ -183,21 +217,6 @@ class ContainerFiles:
     def close(self) -> None:
         """Stop following. Idempotent."""
         self._copies.close()
-
-
-def _copied(bundle: Bundle, without: Collection[int]) -> Prepared:
-    sources: dict[int, PurePosixPath] = {}
-    copies = []
-    for mount in shared_mounts(bundle.spec):
-        if mount.index in without:
-            continue
-        mount = replace(mount, source=bundle.path / mount.source)
-        name = f"{bundle.container_id}-{mount.index}-{mount.source.name[-_MAX_NAME:]}"
-        sources[mount.index] = SHARED_DIRECTORY / name
-        copies.append(plan_copy(mount, bundle.container_id, sources[mount.index]))
-    # The root comes as a disk.
-    paths = GuestPaths(root=SHARED_DIRECTORY, sources=sources)
-    return Prepared(container_id=bundle.container_id, paths=paths, copies=copies)
 
 
 def _storage(mount: DiskMount, address: GuestAddress) -> agent_pb2.Storage:

@@ -38,9 +38,11 @@ _OPTIONS: Final = (
 
 
 async def build_image(
-    tree: Path, image: Path, size_mib: int, journal: Journal, *, container_id: str
+    tree: Path, image: Path, size_mib: int, journal: Journal, *, what: str
 ) -> None:
-    """Make `image` with everything below `tree`. The caller has journalled the file.
+    """Make `image` with everything below `tree`; `what` it is, for refusals.
+
+    The caller has journalled the file.
 
     Safe to cancel: the child is killed.
 
@@ -60,7 +62,6 @@ async def build_image(
         entries.append(
             journal.take(
                 "process", name=child.name, pid=child.pid, start_time=child.start_time,
-                container=container_id,
             )
         )  # fmt: skip
 
@@ -72,20 +73,17 @@ async def build_image(
     try:
         child = await spawn("mkfs.ext4", argv, record=record, rlimits=limits)
         try:
-            await _finish(child, container_id, size_mib)
+            await _finish(child, what, size_mib)
         finally:
             await child.aclose()
     except SpawnFailed as error:
-        raise FailedPrecondition(
-            f"rootfs of container {container_id}: {error}; install e2fsprogs"
-        ) from error
+        raise FailedPrecondition(f"{what}: {error}; install e2fsprogs") from error
     finally:
         for entry in entries:
             journal.release(entry)
 
 
-async def _finish(child: Child, container_id: str, size_mib: int) -> None:
-    what = f"rootfs of container {container_id}"
+async def _finish(child: Child, what: str, size_mib: int) -> None:
     with trio.move_on_after(DEADLINE_S) as limit:
         ending = await child.run()
     if limit.cancelled_caught:

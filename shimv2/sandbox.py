@@ -510,6 +510,11 @@ class Sandbox:
             return
         with trio.move_on_after(REMOVE_DEADLINE_S, shield=True):
             try:
+                files, agent = self._host.files, self.agent
+                await files.bring_back(container.id, container.bundle.spec, agent)
+            except (AgentError, ShimError, OSError) as exc:
+                self.log.warning("termination log", container_id=container.id, error=str(exc))
+            try:
                 await self.agent.remove_container(container.id)
             except (AgentError, ShimError) as exc:
                 self.log.warning("remove container", container_id=container.id, error=str(exc))

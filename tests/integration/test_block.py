@@ -138,6 +138,9 @@ def test_without_sharing_the_root_is_a_disk_and_small_files_are_copies_that_foll
     (config / "tool").chmod(0o755)
     os.chown(config / "tool", 12, 34)
     (volumes / "hosts").write_text("127.0.0.1 first\n")
+    cache = "/tmp/volumes/pods/1/volumes/kubernetes.io~empty-dir/cache"
+    node.path(cache).mkdir(parents=True)
+    node.path(cache).chmod(0o2777)
     container = fresh_id("unshared")
     with changed_configuration(node, without_sharing):
         ctr.start(
@@ -147,6 +150,7 @@ def test_without_sharing_the_root_is_a_disk_and_small_files_are_copies_that_foll
             options=[
                 *bind("/tmp/volumes/config", "/config"),
                 *bind("/tmp/volumes/hosts", "/etc/hosts", "rbind:rw"),
+                *bind(cache, "/cache", "rbind:rw"),
             ],
         )
         assert find_parts(node, VIRTIOFSD) == []
@@ -154,12 +158,13 @@ def test_without_sharing_the_root_is_a_disk_and_small_files_are_copies_that_foll
             "cat /config/key /etc/hosts; stat -c '%U %a %u:%g' /config/tool; readlink /config/key; "
             "/config/tool; echo x >/config/new 2>/dev/null || echo refused; "
             "grep -c ' / ext4 ' /proc/mounts; echo kept >/root-is-mine && cat /root-is-mine; "
-            "stat -c '%a %n' /tmp; ls -d /lost+found 2>/dev/null; ls /bin | wc -l"
+            "stat -c '%a %n' /tmp /cache; echo x >/cache/x && ls -A /cache; "
+            "ls -d /lost+found 2>/dev/null; ls /bin | wc -l"
         )
         seen = ctr.exec(container, "sh", "-c", script).stdout.splitlines()
         assert seen[:-1] == [
             "old", "127.0.0.1 first", "UNKNOWN 755 12:34", "..data/key", "ran", "refused", "1",
-            "kept", "1777 /tmp",
+            "kept", "1777 /tmp", "2777 /cache", "x",
         ]  # fmt: skip
         assert int(seen[-1]) > 50
         replace_config_map(config, "2", "new\n")

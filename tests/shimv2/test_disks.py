@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from agent_proto.pb import agent_pb2
 from hypervisors.errors import DetachRefused, Unsupported
 from shimv2 import rootfs_image
 from shimv2.block_rootfs import snapshot_disk
@@ -132,7 +133,7 @@ async def test_an_image_has_the_tree_with_modes_links_and_special_files(
     tree: Path, tmp_path: Path, journal: Journal
 ) -> None:
     image = tmp_path / "i.img"
-    await rootfs_image.build_image(tree, image, 32, journal, container_id="c1")
+    await rootfs_image.build_image(tree, image, 32, journal, what="rootfs of c1")
     listing = list_image(image)
     modes = {line.split("/")[5]: line.split("/")[2] for line in listing.splitlines() if line}
     assert modes["."] == "040750"
@@ -148,7 +149,9 @@ async def test_a_tree_that_does_not_fit_is_refused_with_the_key_to_raise(
 ) -> None:
     (tree / "rootfs" / "big").write_bytes(os.urandom(20 << 20))
     with pytest.raises(ResourceExhausted, match=r"image of 16 MiB.*raise rootfs_image_size"):
-        await rootfs_image.build_image(tree, tmp_path / "i", 16, journal, container_id="c1")
+        await rootfs_image.build_image(
+            tree, tmp_path / "i", 16, journal, what="rootfs of container c1"
+        )
 
 
 async def test_a_missing_mkfs_is_named(
@@ -156,7 +159,9 @@ async def test_a_missing_mkfs_is_named(
 ) -> None:
     monkeypatch.setattr(rootfs_image, "MKFS", tmp_path / "no-mkfs")
     with pytest.raises(FailedPrecondition, match=r"no-mkfs.*install e2fsprogs"):
-        await rootfs_image.build_image(tree, tmp_path / "i", 16, journal, container_id="c1")
+        await rootfs_image.build_image(
+            tree, tmp_path / "i", 16, journal, what="rootfs of container c1"
+        )
 
 
 async def test_an_image_that_takes_too_long_is_given_up(
@@ -167,12 +172,16 @@ async def test_an_image_that_takes_too_long_is_given_up(
     slow.chmod(0o755)
     monkeypatch.setattr(rootfs_image, "MKFS", slow)
     with trio.move_on_after(0.3) as scope:
-        await rootfs_image.build_image(tree, tmp_path / "i", 16, journal, container_id="c1")
+        await rootfs_image.build_image(
+            tree, tmp_path / "i", 16, journal, what="rootfs of container c1"
+        )
     assert scope.cancelled_caught
     assert journal.held == ()
     monkeypatch.setattr(rootfs_image, "DEADLINE_S", 0.2)
     with pytest.raises(Exception, match=r"took longer than 0.2 s; use a smaller image"):
-        await rootfs_image.build_image(tree, tmp_path / "j", 16, journal, container_id="c1")
+        await rootfs_image.build_image(
+            tree, tmp_path / "j", 16, journal, what="rootfs of container c1"
+        )
 
 
 def config(**hypervisor: Any) -> RuntimeConfig:
@@ -255,3 +264,42 @@ async def test_neither_sharing_nor_disks_is_refused_before_anything_is_taken(
         assert error.code == Code.FAILED_PRECONDITION
         assert "no way to give a container its files" in str(error)
         assert not shim.hypervisor.machines
+
+
+async def test_without_sharing_an_empty_dir_is_a_disk_of_the_pod_and_the_last_words_come_back(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "pods" / "1" / "volumes" / "kubernetes.io~empty-dir" / "cache"
+    source.mkdir(parents=True)
+    source.chmod(0o2777)
+    bind = {"destination": "/c", "type": "bind", "source": str(source), "options": ["rbind"]}
+    log = tmp_path / "termination-log"
+    log.touch()
+    end = {"destination": "/dev/termination-log", "type": "bind", "source": str(log),
+           "options": ["rbind", "rw"]}  # fmt: skip
+    pod = spec(annotations=pod_annotations("sandbox", "p1"))
+    member = spec(annotations=pod_annotations("container", "p1"), mounts=[bind, end])
+    unshared = config(shared_fs="none", rootfs_image_size_mib=16)
+    async with ShimBench(tmp_path, unshared).running() as shim:
+        shim.hypervisor.block_hotplug = True
+        shim.agent.program(SLEEP)
+        await shim.run("p1", config=pod, rootfs=[overlay()])
+        for container in ("a", "b"):
+            await shim.run(container, config=member, rootfs=[overlay()])
+        image = source / ".kata-volume.img"
+        assert [one.path for one in shim.machine.attached].count(image) == 1
+        assert "042777" in list_image(image)
+        places = set()
+        for request in shim.agent.called("CreateContainer")[1:]:
+            mount = request.OCI.Mounts[0]
+            places.add(mount.source)
+            assert f"{request.storages[0].mount_point}/rootfs" == mount.source
+        assert len(places) == 1
+        reply = agent_pb2.GetDiagnosticDataResponse(data="out of cheese\n" + "x" * 5000)
+        shim.agent.answer("GetDiagnosticData", reply)
+        await shim.kill("a")
+        await shim.wait("a")
+        await shim.delete("a")
+        assert log.read_text() == ("out of cheese\n" + "x" * 5000)[:4096]
+        assert "volume-0" not in os.listdir(shim.state_dir.path)
+    assert os.listdir(source) == []
