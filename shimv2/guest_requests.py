@@ -86,6 +86,7 @@ def container_request(
             bundle,
             guest_root=paths.root,
             sources=paths.sources,
+            hosts_read_only=paths.hosts_read_only,
             terminal=terminal,
             seccomp=seccomp,
         ),

@@ -7,7 +7,7 @@ Source: Kata virtcontainers/kata_agent.go constrainGRPCSpec, runtime-rs amend_sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -55,6 +55,8 @@ class SharedMount:
     destination: PurePosixPath
     read_only: bool
     is_recursive: bool
+    # Whether what is mounted below a read-only source is read-only, too (`rro`).
+    is_read_only_below: bool = True
     # Whether mounts that the host makes below it later appear in it (`rslave` of the specification,
     # Kubernetes' HostToContainer, and what ctr's plain binds have), and those of the container's
     # should appear on the host (`rshared`, Bidirectional), which no VM can do.
@@ -131,6 +133,7 @@ def shared_mounts(spec: JsonObject) -> list[SharedMount]:
                 # libcontainer/specconv: recursive attributes are set after the plain ones.
                 read_only="ro" in options or "rro" in options,
                 is_recursive="bind" not in options or "rbind" in options,
+                is_read_only_below="rro" in options,
                 follows_host=propagation not in ("private", "unbindable"),
                 leads_host=propagation == "shared",
             )
@@ -143,12 +146,14 @@ def guest_spec(
     *,
     guest_root: PurePosixPath,
     sources: Mapping[int, PurePosixPath],
+    hosts_read_only: Collection[int] = (),
     terminal: bool,
     seccomp: bool = False,
 ) -> oci_pb2.Spec:
     """Build what CreateContainer carries.
 
-    `sources` gives the guest's path for each mount that `shared_mounts` named.
+    `sources` gives the guest's path for each mount that `shared_mounts` named; those in
+    `hosts_read_only` are read-only by the host's word alone, as not all of them is.
 
     Raises:
         InvalidArgument: naming the part of config.json that can't be used.
@@ -159,7 +164,7 @@ def guest_spec(
         "process": guest_process(bundle.process, terminal=terminal),
         "root": {"path": str(guest_root), "readonly": bool(spec["root"].get("readonly"))},
         "hostname": spec.get("hostname") or "",
-        "mounts": _guest_mounts(spec, sources),
+        "mounts": _guest_mounts(spec, sources, hosts_read_only),
         "annotations": _guest_annotations(bundle),
         "linux": _guest_linux(bundle, seccomp=seccomp),
     }
@@ -273,11 +278,15 @@ def _check_guest_filesystem(mount: JsonObject) -> None:
         )
 
 
-def _guest_mounts(spec: JsonObject, sources: Mapping[int, PurePosixPath]) -> list[JsonObject]:
+def _guest_mounts(
+    spec: JsonObject, sources: Mapping[int, PurePosixPath], hosts_read_only: Collection[int]
+) -> list[JsonObject]:
     mounts = []
     for index, mount in enumerate(spec.get("mounts") or []):
         edited = {key: mount[key] for key in ("destination", "source", "type") if mount.get(key)}
         edited["options"] = _options(mount)
+        if index in hosts_read_only:
+            edited["options"] = [option for option in _options(mount) if option != "ro"]
         if index in sources:
             edited["source"] = str(sources[index])
             edited["type"] = "bind"

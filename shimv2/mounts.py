@@ -141,6 +141,7 @@ def bind(
     *,
     read_only: bool = False,
     recursive: bool = True,
+    writable_below: bool = False,
     propagation: int = 0,
     attributes: int = 0,
 ) -> None:
@@ -149,11 +150,15 @@ def bind(
     A descriptor, of either, means the very file it has open. Read-only, the other `attributes`
     (MOUNT_ATTR_*) and `propagation` (MS_PRIVATE: no later mount of the host's appears; MS_SLAVE:
     each does; 0: as at the source) hold for the whole tree, and are set on the host, where no guest
-    can take them back, before the tree can be reached at `target`. Raises `MountFailed`.
+    can take them back, before the tree can be reached at `target`. With `writable_below` what is
+    mounted below a read-only source stays as it is. Raises `MountFailed`.
     """
     tree = _clone(source, recursive=recursive)
     try:
-        attributes |= MOUNT_ATTR_RDONLY if read_only else 0
+        if read_only and writable_below:
+            _set_attributes(tree, MOUNT_ATTR_RDONLY, 0, _place(source), below=False)
+        elif read_only:
+            attributes |= MOUNT_ATTR_RDONLY
         if attributes or propagation:
             _set_attributes(tree, attributes, propagation, _place(source))
         _attach(tree, target)
@@ -175,12 +180,14 @@ def _clone(source: str | int, *, recursive: bool) -> int:
     return tree
 
 
-def _set_attributes(tree: int, attributes: int, propagation: int, shown: str) -> None:
-    """mount_setattr(2) on a detached tree: on all mounts in it."""
+def _set_attributes(
+    tree: int, attributes: int, propagation: int, shown: str, *, below: bool = True
+) -> None:
+    """mount_setattr(2) on a detached tree: on all mounts in it, or the topmost alone."""
     wanted = (ctypes.c_uint64 * 4)(attributes, 0, propagation, 0)
     result = _libc.syscall(
         ctypes.c_long(_SYS_MOUNT_SETATTR), ctypes.c_int(tree), b"",
-        ctypes.c_uint(_AT_EMPTY_PATH | AT_RECURSIVE), ctypes.byref(wanted),
+        ctypes.c_uint(_AT_EMPTY_PATH | (AT_RECURSIVE if below else 0)), ctypes.byref(wanted),
         ctypes.c_size_t(ctypes.sizeof(wanted)),
     )  # fmt: skip
     if result != 0:

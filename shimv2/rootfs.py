@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from agent_proto.pb.agent_pb2 import Device, Storage
     from shimv2.bundle import Bundle
     from shimv2.journal import Entry, Journal
+    from shimv2.volume_plan import KubeletVolume
+    from shimv2.volume_source import Source
 
 SHARE_TAG: Final = "kataShared"  # Source: Kata: the tag that agents mount
 MODULES_NAME: Final = ".modules"  # where our agent looks; no container's id begins with a dot
@@ -61,6 +63,7 @@ class MountCalls(Protocol):
         *,
         read_only: bool = ...,
         recursive: bool = ...,
+        writable_below: bool = ...,
         propagation: int = ...,
         attributes: int = ...,
     ) -> None: ...
@@ -73,6 +76,8 @@ class GuestPaths:
 
     root: PurePosixPath
     sources: dict[int, PurePosixPath] = field(default_factory=dict)  # by index of the spec's mount
+    # Mounts that the guest must not make read-only, as what is mounted below them isn't.
+    hosts_read_only: set[int] = field(default_factory=set)
     storages: list[Storage] = field(default_factory=list)  # what the agent mounts before
     devices: list[Device] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a volume is not, for the log
@@ -171,6 +176,10 @@ class Share:
                     paths.sources[mount.index] = made.path
                     paths.storages.extend(made.storages)
                     return
+            stays_writable = _has_writable_below(mount, source, volume)
+            mount = replace(mount, is_read_only_below=not stays_writable)
+            if stays_writable:
+                paths.hosts_read_only.add(mount.index)
             is_pods_own = volume is not None and volume.kind is VolumeKind.EMPTY_DIR
             name = self._volumes.use(
                 bundle.container_id,
@@ -192,6 +201,18 @@ class Share:
                     f"mount {mount.destination}: what the container mounts there stays in the VM; "
                     "mounts of the host do appear in it"
                 )
+
+
+def _has_writable_below(mount: SharedMount, source: Source, volume: KubeletVolume | None) -> bool:
+    """Whether a read-only source has mounts below it, which plain `ro` leaves writable.
+
+    Kubelet mounts nothing below its own volumes.
+    """
+    is_plain = mount.read_only and mount.is_recursive and not mount.is_read_only_below
+    if not is_plain or volume is not None or not source.is_directory:
+        return False
+    below = source.path().rstrip("/") + "/"
+    return any(each.place.startswith(below) for each in mount_table())
 
 
 def mount_root(

@@ -37,6 +37,7 @@ class _Key(NamedTuple):
     read_only: bool
     follows_host: bool
     is_recursive: bool
+    is_read_only_below: bool
 
 
 class SharedVolumes:
@@ -71,6 +72,7 @@ class SharedVolumes:
             read_only or source.is_read_only(),
             mount.follows_host,
             mount.is_recursive,
+            mount.is_read_only_below,
         )
         name = self._entries.get(key)
         if name is None:
@@ -131,6 +133,7 @@ class SharedVolumes:
                     target,
                     read_only=read_only,
                     recursive=mount.is_recursive,
+                    writable_below=not mount.is_read_only_below,
                     propagation=mounts.MS_SLAVE if mount.follows_host else mounts.MS_PRIVATE,
                     attributes=_INERT,
                 )

@@ -65,6 +65,10 @@ class Source:
                     return int(value)
         return 0
 
+    def path(self) -> str:
+        """Where it is, as the list of mounts would call it."""
+        return os.readlink(f"/proc/self/fd/{self.descriptor}")
+
     def is_read_only(self) -> bool:
         """Whether its mount lets nobody write, whoever binds it."""
         return bool(os.fstatvfs(self.descriptor).f_flag & os.ST_RDONLY)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,37 +23,52 @@ LIST = Path(__file__).with_name("expected.toml")
 
 @dataclass(frozen=True)
 class Expected:
-    """That a spec doesn't pass: `outcome` is `fails` or `skipped`."""
+    """That a spec doesn't pass: `outcome` is `fails` or `skipped`.
+
+    `on` are the runtimes' handlers, `containerd` the major versions.
+    """
 
     spec: str
     outcome: str
     on: tuple[str, ...]
     reason: str
+    containerd: tuple[int, ...] = (1, 2)
 
 
 def read_list(path: Path = LIST) -> list[Expected]:
     """Read the list; ValueError names an incomplete group or a spec that is there twice."""
     found: list[Expected] = []
+    both = [1, 2]
     for group in tomllib.loads(path.read_text())["group"]:
         on, outcome, reason = tuple(group["on"]), group["outcome"], group["reason"]
         if outcome not in {"fails", "skipped"} or not on or not reason or not group["specs"]:
             raise ValueError(f"{path.name}: the group of {group['specs']} is not complete")
-        found += [Expected(spec, outcome, on, reason) for spec in group["specs"]]
-    pairs = Counter((each.spec, handler) for each in found for handler in each.on)
-    twice = [spec for (spec, _), count in pairs.items() if count > 1]
+        versions = tuple(group.get("containerd", both))
+        found += [Expected(spec, outcome, on, reason, versions) for spec in group["specs"]]
+    runs = Counter(
+        (each.spec, handler, major)
+        for each in found
+        for handler in each.on
+        for major in each.containerd
+    )
+    twice = [run for run, count in runs.items() if count > 1]
     if twice:
         raise ValueError(f"{path.name}: listed twice: {twice}")
     return found
 
 
+def of_run(listed: Iterable[Expected], handler: str, major: int) -> dict[str, Expected]:
+    """Return what is expected of one runtime with one containerd, by the specs' names."""
+    return {each.spec: each for each in listed if handler in each.on and major in each.containerd}
+
+
 def differences(
-    outcomes: Iterable[Outcome], listed: Iterable[Expected], handler: str, *, is_whole: bool
+    outcomes: Iterable[Outcome], wanted: Mapping[str, Expected], *, is_whole: bool
 ) -> list[str]:
-    """Say how `outcomes` on `handler` differ from the list, a sentence each.
+    """Say how `outcomes` differ from what is wanted of this run (`of_run`), a sentence each.
 
     With `is_whole` every spec has been run, so that a listed one which is missing is told, too.
     """
-    wanted = {each.spec: each for each in listed if handler in each.on}
     told: list[str] = []
     seen: set[str] = set()
     for each in outcomes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cri.critest import Outcome
-from tests.cri.expected import Expected, differences, read_list
+from tests.cri.expected import Expected, differences, of_run, read_list
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,13 +17,19 @@ LISTED = [Expected("a b", "fails", ("kata",), "no such thing in a VM")]
 
 def told(outcome: str, *, spec: str = "a b", handler: str = "kata") -> list[str]:
     ran = [Outcome(spec, outcome, "said so", 1.0)]
-    return differences(ran, LISTED, handler, is_whole=False)
+    return differences(ran, of_run(LISTED, handler, 2), is_whole=False)
 
 
 def test_what_does_as_listed_or_passes_unlisted_is_no_difference():
     assert told("fails") == []
     assert told("passes", spec="other") == []
     assert told("passes", handler="runc") == []
+
+
+def test_entry_for_one_containerd_says_nothing_of_the_other():
+    old = [Expected("a b", "fails", ("kata",), "too old", (1,))]
+    assert list(of_run(old, "kata", 1)) == ["a b"]
+    assert of_run(old, "kata", 2) == {}
 
 
 def test_failure_that_is_not_listed_is_told_with_its_message():
@@ -38,8 +44,8 @@ def test_spec_that_passes_though_it_is_listed_is_told_with_the_reason():
 
 
 def test_listed_spec_that_no_longer_exists_is_told_of_a_whole_run():
-    assert "no such spec" in differences([], LISTED, "kata", is_whole=True)[0]
-    assert differences([], LISTED, "kata", is_whole=False) == []
+    assert "no such spec" in differences([], of_run(LISTED, "kata", 2), is_whole=True)[0]
+    assert differences([], of_run(LISTED, "kata", 2), is_whole=False) == []
 
 
 def test_list_in_the_project_is_complete():

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_MS_BIND, _MS_MOVE, _MS_REC, _MS_PRIVATE = 0x1000, 0x2000, 0x4000, 1 << 18
+_MS_BIND, _MS_MOVE, _MS_REC, _MS_PRIVATE, _MS_SHARED = 0x1000, 0x2000, 0x4000, 1 << 18, 1 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 #: Directories that a node has of its own, with their modes.
 _PRIVATE = {"/run": 0o755, "/tmp": 0o1777, "/dev/shm": 0o1777}
@@ -57,6 +57,8 @@ def prepare(name: str, kept: list[str]) -> None:
         Path(directory).mkdir()
     overlay("/etc")
     overlay("/var/lib")
+    # As with systemd: what is mounted later is seen in namespaces that were copied before.
+    mount("none", "/", "none", _MS_REC | _MS_SHARED)
     socket.sethostname(name)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 

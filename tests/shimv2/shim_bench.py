@@ -83,6 +83,7 @@ class FakeMounts:
         *,
         read_only: bool = False,
         recursive: bool = True,
+        writable_below: bool = False,
         propagation: int = 0,
         attributes: int = 0,
     ) -> None:

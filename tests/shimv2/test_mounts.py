@@ -81,6 +81,21 @@ def test_a_read_only_bind_is_read_only_all_the_way_down(tmp_path):
 
 
 @needs_root
+def test_what_is_mounted_below_a_read_only_bind_can_stay_writable(tmp_path):
+    def work() -> None:
+        source, target = tmp_path / "s", tmp_path / "t"
+        (source / "below").mkdir(parents=True)
+        target.mkdir()
+        mounts.mount("tmpfs", str(source / "below"), "tmpfs")
+        mounts.bind(str(source), str(target), read_only=True, writable_below=True)
+        with pytest.raises(OSError, match="Read-only"):
+            (target / "f").write_text("x")
+        (target / "below" / "f").write_text("x")
+
+    in_private_namespace(work)
+
+
+@needs_root
 def test_a_bind_through_descriptors_follows_no_renamed_path(tmp_path):
     def work() -> None:
         (tmp_path / "source").mkdir()
