@@ -1,5 +1,8 @@
 """Takes the host's files away from a VMM that runs: its root becomes an empty directory.
 
+Empty but for /dev/null: QEMU opens that when it locks its first image, and if it can't, it locks
+none, so that two machines could write to one disk.
+
 A VMM has opened, or was handed, all it needs when it answers for the first time. From then on a
 guest that breaks out of it finds no file, and a client that takes /proc/<pid>/root of the task's
 pid for the container's files (`nerdctl cp`) does not read or write the host's.
@@ -16,6 +19,7 @@ import ctypes
 import errno
 import os
 import signal
+import stat
 import struct
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -36,7 +40,8 @@ DEADLINE_S: Final = 5.0
 # Source: linux/sched.h, linux/mount.h, sys/mount.h, asm/unistd_64.h
 CLONE_NEWNS: Final = 0x00020000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_MS_REC, _MS_PRIVATE, _MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
+_MS_REMOUNT, _MS_BIND, _MS_REC = 1 << 5, 1 << 12, 1 << 14
+_MS_PRIVATE, _MS_SLAVE = 1 << 18, 1 << 19
 _SYS_MOUNT_SETATTR: Final = 442
 _MOUNT_ATTR_RDONLY: Final = 1
 _AT_FDCWD: Final = -100
@@ -45,6 +50,8 @@ _MNT_DETACH: Final = 2
 _SYS_PIVOT_ROOT: Final = 155
 # Exists wherever a VMM runs; only hidden for as long as it takes.
 _PLACE: Final = b"/proc"
+_OPTIONS: Final = b"size=4k,mode=555"
+_NULL: Final = b"/dev/null"
 
 
 async def empty_root(name: str, pid: int) -> None:
@@ -136,10 +143,16 @@ def _work(pid: int, libc: ctypes.CDLL, steps: Steps) -> bytes:
 
 
 def _pivot(libc: ctypes.CDLL) -> tuple[Step, ...]:
-    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    sealed = _MS_REMOUNT | _MS_RDONLY | flags
+    null = _PLACE + _NULL
     return (
         ("private", lambda: libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None)),
-        ("mount", lambda: libc.mount(b"none", _PLACE, b"tmpfs", flags, b"size=4k,mode=555")),
+        ("mount", lambda: libc.mount(b"none", _PLACE, b"tmpfs", flags, _OPTIONS)),
+        ("mkdir", lambda: libc.mkdir(os.path.dirname(null), 0o755)),
+        ("mknod", lambda: libc.mknod(null, stat.S_IFREG, 0)),
+        ("bind", lambda: libc.mount(_NULL, null, None, _MS_BIND, None)),
+        ("seal", lambda: libc.mount(b"none", _PLACE, None, sealed, _OPTIONS)),
         ("chdir", lambda: libc.chdir(_PLACE)),
         ("pivot_root", lambda: libc.syscall(_SYS_PIVOT_ROOT, b".", b".")),
         ("umount", lambda: libc.umount2(b".", _MNT_DETACH)),

@@ -74,7 +74,8 @@ async def test_killed_vmm_is_reported_within_a_second_and_owns_nothing(make_spec
             assert "CapEff:\t0000000000000000" in status
             assert {int(word) for word in find(status, "Uid:")} == {account.uid}
             assert tuple(map(int, find(status, "Groups:"))) == account.groups
-        assert os.listdir(f"/proc/{machine.pid}/root") == []
+        assert os.listdir(f"/proc/{machine.pid}/root") == ["dev"]
+        assert os.listdir(f"/proc/{machine.pid}/root/dev") == ["null"]
         with pytest.raises(OSError, match="Read-only"):
             os.mkdir(f"/proc/{machine.pid}/root/new")
         for name in ("net", "ipc", "uts", "mnt"):
