@@ -1,6 +1,6 @@
 """Runs the measurements named on the command line, or all; prints, and writes build/bench/.
 
-    python -m tests.bench [start|shim|runs|exec|relay|growth …]
+    python -m tests.bench [start|shim|runs|exec|relay|growth|volumes …]
 
 Exits with 1 when something could not be measured; a figure that is not reached is no failure.
 Medians of a busy machine say little: look at `uptime` first. Where it never is quiet, `chrt -r 1`
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tests.bench import ctr_run, relay, report, running, start
+from tests.bench import ctr_run, relay, report, running, start, volumes
 from tests.bench.picture import draw
 from tests.harness.containerd_daemon import ContainerdMissing, find_containerd
 from tests.harness.node import BUILD, Node
@@ -33,6 +33,7 @@ GROUPS: dict[str, Callable[[Node], Iterator[Figure]]] = {
     "exec": ctr_run.measure_exec,
     "relay": relay.measure,
     "growth": running.measure_growth,
+    "volumes": volumes.measure,
 }
 
 

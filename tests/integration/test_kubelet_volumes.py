@@ -13,10 +13,14 @@ import pytest
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.ctr_pod import Pod, bind
 from tests.harness.kubelet import PodVolumes
+from tests.harness.node import REPOSITORY
+from tests.harness.oci_image import busybox_entries, write_rootfs
 from tests.integration.volumes import PYTHON, probe
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
+
+VECTORS = REPOSITORY / "tests" / "vectors" / "oci"
 
 pytestmark = pytest.mark.usefixtures("kata_only")
 
@@ -127,3 +131,36 @@ def test_updates_of_configmaps_and_secrets_are_seen_with_events(
     ctr.remove(container)
     process.wait(30)
     process.stdout.close()
+
+
+def test_empty_dir_of_huge_pages_has_the_containers_pages(
+    ctr: Ctr, node: Node, volumes: PodVolumes
+) -> None:
+    """Without CRI, which knows no such limits where the host has no hugetlb cgroup."""
+    pages = volumes.volume("empty-dir", "pages")
+    volumes.mount(pages, "hugetlbfs", "pagesize=2M")
+    volumes.outside(pages).chmod(0o777)
+    root = "/tmp/kubelet/root"
+    write_rootfs(busybox_entries(), node.path(root))
+    spec = json.loads((VECTORS / "ctr-run.json").read_text())
+    spec["root"]["path"] = root
+    spec["process"] |= {"args": ["sleep", "1000"], "terminal": False}
+    spec["mounts"].append({"destination": "/pages", "type": "bind", "source": pages,
+                           "options": ["rbind", "rw"]})  # fmt: skip
+    spec["linux"].setdefault("resources", {})["hugepageLimits"] = [
+        {"pageSize": "2MB", "limit": 4 << 20}
+    ]
+    node.write("/tmp/kubelet/config.json", json.dumps(spec))
+    container = fresh_id("pages")
+    start = ["ctr", "run", "-d", "--null-io", "--runtime", ctr.runtime]
+    node.run([*start, "--config", "/tmp/kubelet/config.json", container])
+    (line,) = [
+        line
+        for line in ctr.exec(container, "cat", "/proc/mounts").stdout.splitlines()
+        if " /pages " in line
+    ]
+    assert line.split()[2] == "hugetlbfs"
+    assert {"pagesize=2M", f"size={4 << 20}", "mode=777"} <= set(line.split()[3].split(","))
+    meminfo = ctr.exec(container, "cat", "/proc/meminfo").stdout
+    assert dict(row.split()[:2] for row in meminfo.splitlines())["HugePages_Total:"] == "2"
+    ctr.remove(container)

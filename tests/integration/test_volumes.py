@@ -41,43 +41,54 @@ def pod(ctr: Ctr, kata_only: None) -> Iterator[Pod]:
     pod.remove()
 
 
-def test_files_of_every_kind_behave_in_a_volume(ctr: Ctr, volume: Path) -> None:
+FILES = {
+    "mode": "0o4751",
+    "owner": "12345:54321",
+    "links": [2, True],
+    "symlinks": ["/etc/passwd", False],
+    "absolute symlink leads to": "root:",
+    "fifo": "fifo",
+    "socket": "socket",
+    "device": None,
+    "open device": None,
+    "open device where devices are off": "EACCES",
+    "execute where programs are off": "EACCES",
+    "sparse": {"size": 6 << 30, "little": True, "data at": 5 << 30},
+    "map": "mapped",
+    "odd name": True,
+    "long name": 1,
+    "too long name": "ENAMETOOLONG",
+    "many": 600,
+    "renamed over": "mapped",
+}
+
+
+def test_files_of_every_kind_behave_in_a_volume_and_on_the_root(ctr: Ctr, volume: Path) -> None:
     os.chown(volume, 4711, 4712)
     volume.chmod(0o2777)
     inert = bind("/tmp/volume", "/inert", "rbind:rw:nodev:nosuid:noexec:relatime")
-    done = ctr.run(
-        fresh_id("files"),
-        *probe("files", "/data", "/inert"),
-        timeout_s=120,
-        options=["--rm", *PYTHON, *bind("/tmp/volume", "/data"), *inert],
-    )
+    container = fresh_id("files")
+    options = [*PYTHON, *bind("/tmp/volume", "/data"), *inert]
+    ctr.start(container, "sleep", "1000", options=options)
+    done = ctr.exec(container, *probe("files", "/data", "/inert"), timeout_s=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
-        "owner of the directory": "4711:4712",
-        "mode": "0o4751",
-        "owner": "12345:54321",
-        "links": [2, True],
-        "symlinks": ["/etc/passwd", False],
-        "absolute symlink leads to": "root:",
-        "fifo": "fifo",
-        "socket": "socket",
-        "device": None,
-        "open device": None,
-        "open device where devices are off": "EACCES",
-        "execute where programs are off": "EACCES",
-        "xattr": "ENOTSUP" if RUNTIME == KATA else None,
-        "sparse": {"size": 6 << 30, "little": True, "data at": 5 << 30},
-        "map": "mapped",
-        "odd name": True,
-        "long name": 1,
-        "too long name": "ENAMETOOLONG",
-        "many": 600,
-        "renamed over": "mapped",
-    }
-    found = os.stat(volume / "hard")
-    assert (found.st_uid, found.st_gid) == (12345, 54321)
+    found = json.loads(done.stdout)
+    assert found.pop("owner of the directory") == "4711:4712"
+    assert found.pop("xattr") == ("ENOTSUP" if RUNTIME == KATA else None)
+    assert found == FILES
+    status = os.stat(volume / "hard")
+    assert (status.st_uid, status.st_gid) == (12345, 54321)
     assert os.readlink(volume / "absolute") == "/etc/passwd"
     assert os.stat(volume / "sparse").st_size == 6 << 30
+    assert ctr.exec(container, "mkdir", "/own").returncode == 0
+    done = ctr.exec(container, *probe("files", "/own", "/own"), timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    without = ("owner of the directory", "xattr", *[name for name in FILES if " where " in name])
+    assert {key: value for key, value in found.items() if key not in without} == {
+        key: value for key, value in FILES.items() if key not in without
+    }
+    ctr.remove(container)
 
 
 def test_containers_of_a_pod_meet_in_a_volume(pod: Pod, volume: Path) -> None:

@@ -26,6 +26,12 @@ pub fn open_plain(path: &Path) -> io::Result<OwnedFd> {
     }
 }
 
+/// A descriptor that names a directory below another, no part of the way being a link.
+pub fn open_below(top: &OwnedFd, relative: &Path) -> io::Result<OwnedFd> {
+    let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
+    Ok(openat2(top, relative, how(OFlag::O_PATH | OFlag::O_DIRECTORY))?)
+}
+
 /// Makes what is missing of an absolute path; also says whether its last part was missing.
 pub fn make_directories(path: &Path) -> io::Result<(OwnedFd, bool)> {
     let mut directory = root()?;

@@ -87,7 +87,7 @@ impl Agent {
                 local(storage)?;
             }
             "overlayfs" => overlay::mount_overlay(storage)?,
-            "watchable-bind" => mounted.watcher = Some(watchable::start(storage)?),
+            "watchable-bind" => mounted.watcher = Some(watchable::start(storage).await?),
             other => {
                 return Err(Status::unimplemented(format!(
                     "storage driver {other:?}; this agent has {}",

@@ -6,20 +6,27 @@
 //! Source: kata agent protocol, `watchable-bind`; Kubernetes pkg/volume/util/atomic_writer.go.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, Metadata};
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, renameat};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use crate::pb::grpc::Storage;
 use crate::status::{Context, Result};
 use crate::storage::mount_storage;
-use crate::warn;
+use crate::{beneath, warn};
 
 /// A tree that is larger at first is bound as it is: changes are seen, but have no events.
 const AT_FIRST: Limits = Limits { entries: 128, bytes: 2 << 20 };
@@ -28,6 +35,7 @@ const LATER: Limits = Limits { entries: 4096, bytes: 14 << 20 };
 const TMPFS_OPTIONS: [&str; 3] = ["mode=0755", "size=32m", "nr_inodes=16384"];
 /// Longer than the second for which virtio-fs answers from what it remembers.
 const INTERVAL: Duration = Duration::from_millis(1100);
+const FIRST_TURNS: u32 = 3;
 /// The link that leads to the present content of kubelet's volumes.
 const DATA_LINK: &str = "..data";
 
@@ -38,69 +46,82 @@ struct Limits {
 }
 
 /// What a path was when it was last copied.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, Default, PartialEq)]
 struct Seen {
     modified: (i64, i64),
     bytes: u64,
     inode: u64,
+    points_to: Option<PathBuf>,
 }
 
 type Tree = BTreeMap<PathBuf, Seen>;
 
-/// Copies once and keeps copying; a tree that is too large is bound as it is.
-pub fn start(storage: &Storage) -> Result<AbortHandle> {
+/// Copies once and keeps copying; a file, or a tree that is too large, is bound as it is.
+pub async fn start(storage: &Storage) -> Result<AbortHandle> {
     let source = PathBuf::from(&storage.source);
-    let target = PathBuf::from(&storage.mount_point);
-    let tree = scan(&source, AT_FIRST).context(|| format!("reading {}", source.display()))?;
-    let Some(tree) = tree else {
+    let what = || format!("copying {}", source.display());
+    let is_directory = fs::metadata(&source).context(what)?.is_dir();
+    // What can't be read now, perhaps because it changes, is tried again below.
+    if !is_directory || matches!(scan(&source, AT_FIRST), Ok(None)) {
         let plain = Storage { driver: "bind".to_owned(), ..storage.clone() };
         mount_storage(&plain, &storage.source)?;
         return Ok(tokio::task::spawn_local(async {}).abort_handle());
-    };
-    if source.is_file() {
-        if let Some(parent) = target.parent() {
-            fs::create_dir_all(parent).context(|| format!("making {}", parent.display()))?;
-        }
-    } else {
-        let tmpfs = Storage {
-            driver: "ephemeral".to_owned(),
-            fstype: "tmpfs".to_owned(),
-            options: TMPFS_OPTIONS.map(str::to_owned).to_vec(),
-            ..storage.clone()
-        };
-        mount_storage(&tmpfs, "tmpfs")?;
     }
-    copy(&source, &target, &Tree::new(), &tree)
-        .context(|| format!("copying {}", source.display()))?;
-    Ok(tokio::task::spawn_local(follow(source, target, tree)).abort_handle())
+    let tmpfs = Storage {
+        driver: "ephemeral".to_owned(),
+        fstype: "tmpfs".to_owned(),
+        options: TMPFS_OPTIONS.map(str::to_owned).to_vec(),
+        ..storage.clone()
+    };
+    mount_storage(&tmpfs, "tmpfs")?;
+    let (top, _) = beneath::make_directories(Path::new(&storage.mount_point)).context(what)?;
+    let copied = first_copy(&source, top).await.inspect_err(|_| {
+        let _ = umount2(storage.mount_point.as_str(), MntFlags::MNT_DETACH);
+    });
+    let copied = copied.context(what)?;
+    Ok(tokio::task::spawn_local(follow(source, copied)).abort_handle())
 }
 
-async fn follow(source: PathBuf, target: PathBuf, mut last: Tree) {
+/// An update between the look and the copy makes files vanish: then both are done again.
+async fn first_copy(source: &Path, target: OwnedFd) -> io::Result<Copied> {
+    let mut copied = Copied { target, tree: Tree::new(), leaving: Vec::new() };
+    let mut turns = 0;
+    loop {
+        turns += 1;
+        let tree = scan(source, LATER);
+        let done = tree.and_then(|tree| {
+            copied.bring(source, tree.ok_or_else(|| io::Error::other("too large"))?)
+        });
+        match done {
+            Ok(()) => return Ok(copied),
+            Err(error) if turns == FIRST_TURNS => return Err(error),
+            Err(_) => tokio::time::sleep(INTERVAL).await,
+        }
+    }
+}
+
+async fn follow(source: PathBuf, mut copied: Copied) {
     // A change between the first copy and now is found by the first look.
     let mut link = None;
     loop {
         tokio::time::sleep_until(next_look()).await;
+        copied.sweep();
         let seen = fs::read_link(source.join(DATA_LINK)).ok();
         if seen.is_some() && seen == link {
             continue;
         }
-        match scan(&source, LATER) {
-            Ok(Some(now)) if now != last => match copy(&source, &target, &last, &now) {
-                Ok(()) => last = now,
-                Err(error) => {
-                    // Perhaps changed meanwhile: all of it is looked at again.
-                    warn!("copying {}: {error}", source.display());
-                    continue;
-                }
-            },
-            Ok(Some(_)) => {}
-            Ok(None) => warn!("{} is too large to be followed", source.display()),
-            Err(error) => {
-                warn!("reading {}: {error}", source.display());
-                continue;
-            }
+        let done = match scan(&source, LATER) {
+            Ok(Some(now)) if now != copied.tree => copied.bring(&source, now),
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(io::Error::other("too large to be followed")),
+            Err(error) => Err(error),
+        };
+        match done {
+            Ok(()) => link = seen,
+            // Changed meanwhile: all of it is looked at again.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => warn!("copying {}: {error}", source.display()),
         }
-        link = seen;
     }
 }
 
@@ -112,7 +133,8 @@ fn next_look() -> Instant {
     first + INTERVAL * u32::try_from(turns).unwrap_or(u32::MAX)
 }
 
-/// Everything below the source by relative path; none if it exceeds the limits.
+/// Everything below the source by relative path; none if it exceeds the limits. Fails while kubelet
+/// is at an update: then its link still leads, or is remembered to lead, to what is gone.
 fn scan(source: &Path, limits: Limits) -> io::Result<Option<Tree>> {
     let mut tree = Tree::new();
     let mut pending = vec![PathBuf::new()];
@@ -131,107 +153,155 @@ fn scan(source: &Path, limits: Limits) -> io::Result<Option<Tree>> {
             return Ok(None);
         }
         let modified = (status.mtime(), status.mtime_nsec());
-        let seen = Seen { modified, bytes: status.len(), inode: status.ino() };
+        let points_to = if status.is_symlink() { Some(fs::read_link(&path)?) } else { None };
+        let seen = Seen { modified, bytes: status.len(), inode: status.ino(), points_to };
         tree.insert(relative, seen);
     }
-    Ok(Some(tree))
+    match data_directory(&tree) {
+        Some(directory) if !tree.contains_key(directory) => Err(io::ErrorKind::NotFound.into()),
+        _ => Ok(Some(tree)),
+    }
 }
 
 fn join(base: &Path, relative: &Path) -> PathBuf {
     if relative.as_os_str().is_empty() { base.to_owned() } else { base.join(relative) }
 }
 
-/// A name in the same directory that a rename can replace the real one from.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = std::ffi::OsString::from(".kata-new-");
-    name.push(path.file_name().unwrap_or_default());
-    path.with_file_name(name)
+/// What containers see of a tree.
+struct Copied {
+    target: OwnedFd,
+    tree: Tree,
+    /// What an update has left without a link to it, in the order of its removal. A program may be
+    /// on its way there, so it goes at the next look.
+    leaving: Vec<PathBuf>,
 }
 
-/// Brings the target from one state of the source to the next: new first, links then, old last,
-/// so that a configmap's `..data` link never points at nothing.
-fn copy(source: &Path, target: &Path, last: &Tree, now: &Tree) -> io::Result<()> {
-    let changed = || now.iter().filter(|(path, seen)| last.get(*path) != Some(seen));
-    let mut links = Vec::new();
-    for (relative, _) in changed() {
-        let (from, to) = (join(source, relative), join(target, relative));
-        let status = fs::symlink_metadata(&from)?;
-        if status.is_dir() {
-            fs::create_dir_all(&to)?;
-            chown(&to, Some(status.uid()), Some(status.gid()))?;
-            fs::set_permissions(&to, fs::Permissions::from_mode(status.mode() & 0o7777))?;
-        } else if status.is_symlink() {
-            links.push((fs::read_link(&from)?, to));
-        } else if status.is_file() {
-            let temporary = beside(&to);
-            fs::copy(&from, &temporary)?;
-            chown(&temporary, Some(status.uid()), Some(status.gid()))?;
-            fs::set_permissions(&temporary, fs::Permissions::from_mode(status.mode() & 0o7777))?;
-            fs::rename(&temporary, &to)?;
-        }
-    }
-    for (points_to, to) in links {
-        let temporary = beside(&to);
-        let _ = fs::remove_file(&temporary);
-        symlink(points_to, &temporary)?;
-        fs::rename(&temporary, &to)?;
-    }
-    for relative in last.keys().filter(|path| !now.contains_key(*path)).rev() {
-        let path = join(target, relative);
-        let is_directory = fs::symlink_metadata(&path).is_ok_and(|status| status.is_dir());
-        let removed = if is_directory { fs::remove_dir(&path) } else { fs::remove_file(&path) };
-        if let Err(error) = removed
-            && error.kind() != io::ErrorKind::NotFound
-        {
+impl Copied {
+    /// Brings the copy to another state of the source: new first, links then, old last, so that a
+    /// configmap's `..data` link never points at nothing.
+    fn bring(&mut self, source: &Path, now: Tree) -> io::Result<()> {
+        if let Err(error) = copy(source, &self.target, &self.tree, &now) {
+            for path in now.into_keys() {
+                self.tree.entry(path).or_default(); // perhaps there: replaced or removed later
+            }
             return Err(error);
         }
+        let data = data_directory(&self.tree).map(Path::to_owned);
+        for path in self.tree.keys().filter(|path| !now.contains_key(*path)).rev() {
+            if data.as_ref().is_some_and(|data| path.starts_with(data)) {
+                self.leaving.push(path.clone());
+            } else {
+                remove(&self.target, path)?;
+            }
+        }
+        self.tree = now;
+        Ok(())
+    }
+
+    fn sweep(&mut self) {
+        for path in std::mem::take(&mut self.leaving) {
+            if self.tree.contains_key(&path) {
+                continue;
+            }
+            if let Err(error) = remove(&self.target, &path) {
+                warn!("removing {}: {error}", path.display());
+            }
+        }
+    }
+}
+
+fn data_directory(tree: &Tree) -> Option<&Path> {
+    tree.get(Path::new(DATA_LINK)).and_then(|link| link.points_to.as_deref())
+}
+
+/// Copies what is new or changed.
+///
+/// A container that may mount can write to the target: nothing there is followed, and no link that
+/// it made is written through.
+fn copy(source: &Path, target: &OwnedFd, last: &Tree, now: &Tree) -> io::Result<()> {
+    let mut links = Vec::new();
+    for (relative, seen) in now.iter().filter(|(path, seen)| last.get(*path) != Some(seen)) {
+        let from = join(source, relative);
+        let status = fs::symlink_metadata(&from)?;
+        let (parent, name) = place(target, relative)?;
+        if let Some(points_to) = &seen.points_to {
+            links.push((points_to, parent, name));
+        } else if status.is_dir() {
+            copy_directory(&parent, &name, &status)?;
+        } else if status.is_file() {
+            copy_file(&from, &parent, &name, &status)?;
+        }
+    }
+    for (points_to, parent, name) in links {
+        let temporary = beside(&name);
+        discard(&parent, &temporary)?;
+        symlinkat(points_to, &parent, temporary.as_os_str())?;
+        renameat(&parent, temporary.as_os_str(), &parent, name.as_os_str())?;
     }
     Ok(())
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn scratch(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("kata-agent-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        path
-    }
-
-    #[test]
-    fn change_of_a_configmap_arrives_whole() {
-        let (source, target) = (scratch("source"), scratch("target"));
-        fs::create_dir(source.join("..data_1")).unwrap();
-        fs::write(source.join("..data_1/key"), "one").unwrap();
-        symlink("..data_1", source.join("..data")).unwrap();
-        symlink("..data/key", source.join("key")).unwrap();
-        let first = scan(&source, AT_FIRST).unwrap().unwrap();
-        copy(&source, &target, &Tree::new(), &first).unwrap();
-        assert_eq!(fs::read_to_string(target.join("key")).unwrap(), "one");
-
-        fs::create_dir(source.join("..data_2")).unwrap();
-        fs::write(source.join("..data_2/key"), "two").unwrap();
-        symlink("..data_2", source.join("..tmp")).unwrap();
-        fs::rename(source.join("..tmp"), source.join("..data")).unwrap();
-        fs::remove_dir_all(source.join("..data_1")).unwrap();
-        let second = scan(&source, AT_FIRST).unwrap().unwrap();
-        copy(&source, &target, &first, &second).unwrap();
-        assert_eq!(fs::read_to_string(target.join("key")).unwrap(), "two");
-        assert!(!target.join("..data_1").exists());
-        fs::remove_dir_all(source).unwrap();
-        fs::remove_dir_all(target).unwrap();
-    }
-
-    #[test]
-    fn tree_beyond_the_limits_is_not_followed() {
-        let source = scratch("large");
-        for number in 0..=AT_FIRST.entries {
-            fs::write(source.join(number.to_string()), "").unwrap();
-        }
-        assert!(scan(&source, AT_FIRST).unwrap().is_none());
-        assert!(scan(&source, LATER).unwrap().is_some());
-        fs::remove_dir_all(source).unwrap();
+fn remove(target: &OwnedFd, relative: &Path) -> io::Result<()> {
+    match place(target, relative) {
+        Ok((parent, name)) => discard(&parent, &name),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
     }
 }
+
+/// The directory that a path of the tree lies in, and its name there.
+fn place(top: &OwnedFd, relative: &Path) -> io::Result<(OwnedFd, OsString)> {
+    let parent = relative.parent().unwrap_or(Path::new(""));
+    let name = relative.file_name().unwrap_or(OsStr::new("."));
+    Ok((beneath::open_below(top, parent)?, name.to_owned()))
+}
+
+/// A name in the same directory that a rename can replace the real one from.
+fn beside(name: &OsStr) -> OsString {
+    let mut temporary = OsString::from(".kata-new-");
+    temporary.push(name);
+    temporary
+}
+
+fn copy_directory(parent: &OwnedFd, name: &OsStr, status: &Metadata) -> io::Result<()> {
+    match mkdirat(parent, name, Mode::from_bits_truncate(0o700)) {
+        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let made = fs::File::from(openat(parent, name, flags, Mode::empty())?);
+    own(&made, status)
+}
+
+fn copy_file(from: &Path, parent: &OwnedFd, name: &OsStr, status: &Metadata) -> io::Result<()> {
+    let temporary = beside(name);
+    discard(parent, &temporary)?;
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+    let made = openat(parent, temporary.as_os_str(), flags, Mode::from_bits_truncate(0o600))?;
+    let mut made = fs::File::from(made);
+    let mut read = fs::File::open(from)?.take(LATER.bytes);
+    io::copy(&mut read, &mut made)?;
+    own(&made, status)?;
+    Ok(renameat(parent, temporary.as_os_str(), parent, name)?)
+}
+
+fn own(file: &fs::File, status: &Metadata) -> io::Result<()> {
+    fchown(file, Some(status.uid()), Some(status.gid()))?;
+    file.set_permissions(fs::Permissions::from_mode(status.mode() & 0o7777))
+}
+
+/// Removes a name, or an empty directory; what is not there is no error.
+fn discard(parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    let mut gone = unlinkat(parent, name, UnlinkatFlags::NoRemoveDir);
+    if gone == Err(Errno::EISDIR) {
+        gone = unlinkat(parent, name, UnlinkatFlags::RemoveDir);
+    }
+    match gone {
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+#[path = "watchable_tests.rs"]
+mod tests;
