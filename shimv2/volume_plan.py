@@ -13,10 +13,9 @@ pkg/kubelet/kubelet_getters.go, pkg/volume/util/subpath.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from agent_proto.pb import agent_pb2
 from shimv2.errors import InvalidArgument
@@ -52,8 +51,7 @@ _UPDATED: Final = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KubeletVolume:
+class KubeletVolume(NamedTuple):
     """A volume of one pod, as its path says it."""
 
     kind: VolumeKind
@@ -66,8 +64,7 @@ class KubeletVolume:
         return self.kind in _UPDATED
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GuestVolume:
+class GuestVolume(NamedTuple):
     """A volume that the guest makes itself: what the agent mounts, and what the container binds."""
 
     storages: tuple[agent_pb2.Storage, ...]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from shimv2 import mounts
 from shimv2.errors import InvalidArgument
@@ -25,8 +24,7 @@ _AT_FDCWD: Final = -100
 _SEPARATOR: Final = " - "
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MountedAt:
+class MountedAt(NamedTuple):
     """A line of mountinfo. Source: proc(5)."""
 
     id: int
@@ -45,8 +43,7 @@ class MountedAt:
         return ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Source(NamedTuple):
     """A mount's source while it is open. `descriptor` is O_PATH: it names, and gives no access."""
 
     descriptor: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +24,7 @@ def mounted(place: str, fstype: str = "tmpfs", **fields: Any) -> MountedAt:
     line = MountedAt(
         id=7, device="0:70", root="/", place=place, fstype=fstype, super_options=("rw",)
     )
-    return replace(line, **fields)
+    return line._replace(**fields)
 
 
 def planned(
