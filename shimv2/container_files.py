@@ -21,7 +21,7 @@ from shimv2.disks import Disks
 from shimv2.empty_dirs import EmptyDirs
 from shimv2.errors import InvalidArgument
 from shimv2.guest_spec import SHARED_DIRECTORY, shared_mounts
-from shimv2.rootfs import GuestPaths, Share
+from shimv2.rootfs import GuestPaths, Share, check_owners
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,8 +95,10 @@ class ContainerFiles:
 
         Raises:
             InvalidArgument: a mount that can't be given to this VM, named with its reason.
+            Unimplemented: as `check_owners`.
             ShimError: the host refused something.
         """
+        check_owners(bundle.container_id, rootfs)
         devices = self._device_disks(bundle)
         volumes = self._disk_volumes(bundle)
         root = snapshot_disk(bundle.container_id, rootfs) if self._plan.disks else None

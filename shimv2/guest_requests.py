@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from agent_proto.pb import agent_pb2
 from shimv2.bundle import Bundle, ContainerKind
+from shimv2.errors import InvalidArgument
 from shimv2.guest_spec import (
     GUEST_SHM,
     SHARED_DIRECTORY,
@@ -20,6 +21,8 @@ from shimv2.rootfs import SHARE_TAG
 if TYPE_CHECKING:
     from shimv2.rootfs import GuestPaths
 
+# Our agent's own; others pass it over. See guest/agent/src/pids.rs.
+_PID_NAMESPACE_OF: Final = "kata-shimv2.pid-namespace-of"
 # Source: Kata virtcontainers/kata_agent.go setupStorages: the pod's shm, and its size by CRI.
 _SHM_OPTIONS: Final = ("noexec", "nosuid", "nodev", "mode=1777")
 _SHM_BYTES: Final = 64 << 20
@@ -72,14 +75,19 @@ def sandbox_request(
 
 
 def container_request(
-    bundle: Bundle, paths: GuestPaths, *, terminal: bool, seccomp: bool
+    bundle: Bundle,
+    paths: GuestPaths,
+    *,
+    terminal: bool,
+    seccomp: bool,
+    neighbours: Sequence[Bundle] = (),
 ) -> agent_pb2.CreateContainerRequest:
-    """The container's spec as the guest runs it.
+    """The container's spec as the guest runs it; `neighbours` are the containers that run.
 
     Raises:
         InvalidArgument: a part of config.json that can't be used.
     """
-    return agent_pb2.CreateContainerRequest(
+    request = agent_pb2.CreateContainerRequest(
         container_id=bundle.container_id,
         exec_id=bundle.container_id,
         OCI=guest_spec(
@@ -94,3 +102,30 @@ def container_request(
         devices=paths.devices,
         sandbox_pidns=shares_sandbox_pid_namespace(bundle.spec),
     )
+    request.OCI.Annotations.pop(_PID_NAMESPACE_OF, None)
+    if target := _process_target(bundle, neighbours):
+        request.OCI.Annotations[_PID_NAMESPACE_OF] = target
+    return request
+
+
+def _process_target(bundle: Bundle, neighbours: Sequence[Bundle]) -> str:
+    """The one container whose processes a container is to see; empty: its pod's, or its own.
+
+    A specification names the process namespace by a pid of the host, and the VMM's stands for all
+    of a VM's processes. But either all containers of a pod share one, or each has its own: where
+    somebody has its own, it is meant.
+    """
+    if not shares_sandbox_pid_namespace(bundle.spec):
+        return ""
+    alone = [
+        one.container_id
+        for one in neighbours
+        if one.kind is ContainerKind.MEMBER and not shares_sandbox_pid_namespace(one.spec)
+    ]
+    if len(alone) > 1:
+        raise InvalidArgument(
+            f"container {bundle.container_id} asks for the processes of another container, and "
+            f"{len(alone)} run in this VM, which cannot be told apart by a pid of the host; leave "
+            "the target out (kubectl debug without --target), or set shareProcessNamespace"
+        )
+    return alone[0] if alone else ""

@@ -83,12 +83,10 @@ def check_spec(spec: JsonObject) -> None:
     shared_mounts(spec)
     linux = spec.get("linux") or {}
     _guest_devices(linux)
-    for namespace in linux.get("namespaces") or []:
-        if isinstance(namespace, dict) and namespace.get("type") == "user":
-            raise Unimplemented(
-                "a user namespace in the VM is not offered; run the pod without one "
-                "(Kubernetes: hostUsers: true)"
-            )
+    kinds = {one.get("type") for one in linux.get("namespaces") or [] if isinstance(one, dict)}
+    for mappings in ("uidMappings", "gidMappings"):
+        if "user" in kinds and not linux.get(mappings):
+            raise InvalidArgument(f"linux.{mappings} is empty; a user namespace needs id mappings")
 
 
 def check_hooks(spec: JsonObject) -> None:

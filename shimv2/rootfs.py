@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, Protocol
 
 from shimv2 import mounts
-from shimv2.errors import InvalidArgument
+from shimv2.errors import InvalidArgument, Unimplemented
 from shimv2.guest_spec import SHARED_DIRECTORY, SharedMount, pod_shm, shared_mounts
 from shimv2.sandbox_mounts import DIRECTORY as SANDBOX_MOUNTS
 from shimv2.sandbox_mounts import plan_sandbox_mounts
@@ -253,6 +253,25 @@ def mount_root(
             f"among {types}; use a snapshotter that mounts overlay or bind"
         ) from exc
     return entries
+
+
+def check_owners(container_id: str, rootfs: Sequence[mounts.RootfsMount]) -> None:
+    """Refuse a root of which only the host's kernel could show the right owners.
+
+    Source: containerd, core/mount: the options of id-mapped layers.
+
+    Raises:
+        Unimplemented: with what to do instead.
+    """
+    for mount in rootfs:
+        for option in mount.options:
+            if option.startswith(("uidmap=", "gidmap=")):
+                raise Unimplemented(
+                    f"rootfs of container {container_id}: id-mapped layers ({option}) cannot be "
+                    "shared with the VM; use a snapshot whose files belong to the mapped users "
+                    "(ctr: without --remap-labels), or no user namespace (Kubernetes: hostUsers: "
+                    "true)"
+                )
 
 
 def sandbox_dns(bundle: Bundle) -> list[str]:

@@ -421,6 +421,11 @@ class Sandbox:
             paths,
             terminal=container.init.plan.terminal,
             seccomp=not self._config.runtime.disable_guest_seccomp,
+            neighbours=[
+                other.bundle
+                for other in self.containers.values()
+                if other.init.state in (State.CREATED, State.RUNNING)
+            ],
         )
         self.resources.adapt(request.OCI.Linux.Resources, container.id)
         await container.create_in_guest(request)

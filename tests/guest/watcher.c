@@ -1,7 +1,9 @@
 /* Looks at every process of its pid namespace as fast as it can, with CAP_SYS_PTRACE, and tells of
  * each that leads out of the container: by its root, working directory, program or descriptors, or
- * by a capability that the container doesn't have. Ends when /tmp/stop exists. Prints a line for
- * each finding, then how many processes it has met before they had executed their own program. */
+ * by a capability that the container doesn't have; with the argument `guest` also by a program of
+ * the agent's whose mode can be changed, which a test on a host can't keep it from. Ends when
+ * /tmp/stop exists. Prints a line for each finding, then how many processes it has met before they
+ * had executed their own program. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
@@ -16,10 +18,16 @@ static const char *const inside[] = {"pipe:", "socket:", "anon_inode:[pidfd]", "
 static char own_program[256];
 static unsigned long long own_capabilities;
 static long early, ended_meanwhile;
+static int in_guest;
 
 static void found(const char *pid, const char *what, const char *detail)
 {
     printf("BAD %s %s %s\n", pid, what, detail);
+}
+
+static int is_own(const char *program)
+{
+    return strcmp(program, own_program) == 0 || strcmp(program, "/bin/busybox") == 0;
 }
 
 static int link_of(char *target, const char *format, const char *pid, const char *name)
@@ -69,6 +77,29 @@ static void look_at_descriptors(const char *pid)
         closedir(directory);
 }
 
+static void look_at_program(const char *pid)
+{
+    char path[320], target[256];
+    int program, fd;
+    snprintf(path, sizeof path, "/proc/%s/exe", pid);
+    program = open(path, O_PATH | O_CLOEXEC);
+    /* It may have executed its own meanwhile: what counts is what has been opened. */
+    snprintf(path, sizeof path, "%d", program);
+    if (program >= 0 && link_of(target, "/proc/%s/fd/%s", "self", path) && !is_own(target)) {
+        snprintf(path, sizeof path, "/proc/self/fd/%d", program);
+        fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (fd >= 0) {
+            found(pid, "exe can be written", target);
+            close(fd);
+        }
+        /* The mode it has: only a read-only mount keeps a privileged process from setting it. */
+        if (in_guest && chmod(path, 0755) == 0)
+            found(pid, "exe can be changed", target);
+    }
+    if (program >= 0)
+        close(program);
+}
+
 static void look_at(const char *pid, const struct stat *own_root)
 {
     char path[320], target[256];
@@ -88,28 +119,23 @@ static void look_at(const char *pid, const struct stat *own_root)
             found(pid, "cwd", target);
         close(fd);
     }
-    if (link_of(target, "/proc/%s/%s", pid, "exe") && strcmp(target, own_program) != 0 &&
-        strcmp(target, "/bin/busybox") != 0) {
+    if (link_of(target, "/proc/%s/%s", pid, "exe") && !is_own(target)) {
         early++;
-        snprintf(path, sizeof path, "/proc/%s/exe", pid);
-        fd = open(path, O_WRONLY | O_CLOEXEC);
-        if (fd >= 0) {
-            found(pid, "exe", target);
-            close(fd);
-        }
+        look_at_program(pid);
         look_at_descriptors(pid);
         if (capabilities(pid) & ~own_capabilities)
             found(pid, "capabilities", "beyond the container's");
     }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     char self[32];
     struct stat own_root;
     struct dirent *entry;
     long rounds = 0;
     DIR *processes = opendir("/proc");
+    in_guest = argc > 1 && strcmp(argv[1], "guest") == 0;
     if (!processes || stat("/", &own_root) < 0 || !link_of(own_program, "/proc/%s/%s", "self", "exe"))
         return 2;
     own_capabilities = capabilities("self");

@@ -54,13 +54,13 @@ class Pod:
             for kind in ("ipc", "uts", "network")
             for word in ("--with-ns", f"{kind}:/proc/{pid}/ns/{kind[:3]}")
         ]
+        self.members.append(container)  # first: ctr leaves its own record if the start fails
         self.ctr.start(
             container,
             *command,
             image=BUSYBOX_IMAGE,
             options=[*self.annotations("container", name), *spaces, *options],
         )
-        self.members.append(container)
         return container
 
     def remove(self) -> None:

@@ -137,3 +137,17 @@ def test_shared_process_namespace_is_the_pause_containers(node: Node, ctr: Ctr, 
         assert tasks.wait(two) == 137
     assert ctr.status(one) == "RUNNING"
     assert "sleep 2222" not in ctr.exec(one, "ps", "-o", "pid,args", check=True).stdout
+
+
+def test_container_sees_the_processes_of_the_one_that_it_examines(ctr: Ctr, pod: Pod) -> None:
+    """What `kubectl debug --target` asks for: in a pod whose containers don't share processes."""
+    target = ["--with-ns", f"pid:/proc/{ctr.pid(pod.sandbox)}/ns/pid"]
+    pod.start("app", "sleep", "1111")
+    debugger = pod.start("debugger", "sleep", "2222", options=target)
+    seen = ctr.exec(debugger, "ps", "-o", "pid,args", check=True).stdout
+    assert " 1 sleep 1111" in seen
+    assert "sleep 2222" in seen
+    assert "/pause" not in seen
+    pod.start("other", "sleep", "3333")
+    with pytest.raises(AssertionError, match="2 run in this VM, which cannot be told apart"):
+        pod.start("ambiguous", "true", options=target)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from shimv2.bundle import Bundle, ContainerKind
-from shimv2.errors import InvalidArgument, ShimError
+from shimv2.errors import InvalidArgument, ShimError, Unimplemented
 from shimv2.journal import Journal
 from shimv2.mounts import MS_PRIVATE, MS_SLAVE, MountFailed
-from shimv2.rootfs import Share, sandbox_dns
+from shimv2.rootfs import Share, check_owners, sandbox_dns
 from tests.shimv2.shim_bench import FakeMounts, overlay, spec
 
 
@@ -83,6 +83,13 @@ def test_a_snapshotters_mounts_go_straight_into_the_share(bench: Bench) -> None:
 def test_without_mounts_the_directory_of_the_spec_is_bound(bench: Bench) -> None:
     bench.share.add(bench.bundle(), [])
     assert bench.calls.calls[-1][:2] == ("bind", str(bench.path / "rootfs"))
+
+
+def test_layers_that_are_id_mapped_are_refused_with_a_way_out() -> None:
+    mapped = overlay("o")
+    mapped.options.append("uidmap=0:100000:65536")
+    with pytest.raises(Unimplemented, match=r"c1: id-mapped layers \(uidmap=.*hostUsers: true"):
+        check_owners("c1", [overlay("plain"), mapped])
 
 
 def test_a_rootfs_that_is_no_directory_is_refused(bench: Bench) -> None:

@@ -174,7 +174,7 @@ async def test_what_is_missing_on_the_host_is_named_before_anything_is_taken(
     ("linux", "code", "words"),
     [
         ({"namespaces": [{"type": "pid"}]}, Code.FAILED_PRECONDITION, "host's network"),
-        ({"namespaces": [{"type": "network"}, {"type": "user"}]}, Code.UNIMPLEMENTED, "user name"),
+        ({"namespaces": [{"type": "network"}, {"type": "user"}]}, Code.INVALID_ARGUMENT, "uidMap"),
         (
             {
                 "namespaces": [{"type": "network"}],

@@ -276,6 +276,7 @@ fn enter_new(
         from_child::get_users(socket).context(|| "waiting for users".to_owned())?;
     }
     // While files are still passed as the guest's root.
+    rootfs::set_sysctls(spec)?;
     let sources = Sources::open(spec, joins.map(|pids| pids.proc.as_str()))?;
     if has_users {
         become_root()?;

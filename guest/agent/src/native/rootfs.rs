@@ -50,7 +50,6 @@ pub fn enter(spec: &Spec, sources: Sources) -> Result<()> {
     if own_dev {
         devices::populate(root_fd, &linux.devices)?;
     }
-    set_sysctls(linux)?;
     for path in &linux.readonly_paths {
         make_readonly(root_fd, path).context(|| format!("making {path} read-only"))?;
     }
@@ -256,7 +255,8 @@ fn kept_flags(path: &str) -> MsFlags {
 }
 
 /// Kernel settings act on the namespaces of whoever writes them, so the agent's /proc will do.
-fn set_sysctls(linux: &Linux) -> Result<()> {
+pub fn set_sysctls(spec: &Spec) -> Result<()> {
+    let Some(linux) = &spec.linux else { return Ok(()) };
     for (name, value) in &linux.sysctl {
         let path = name.replace('.', "/");
         let plain = Path::new(&path).components().all(|part| matches!(part, Component::Normal(_)));
