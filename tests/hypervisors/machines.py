@@ -14,9 +14,10 @@ from pathlib import Path
 import trio
 
 from hypervisors.registry import find_hypervisor
+from tests.harness.patience import patient
 
-BOOT_DEADLINE_S = 60
-CHANGE_DEADLINE_S = 30
+BOOT_DEADLINE_S = patient(60)
+CHANGE_DEADLINE_S = patient(30)
 
 
 @asynccontextmanager
