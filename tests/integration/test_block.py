@@ -251,3 +251,18 @@ def test_a_killed_shim_leaves_no_image_and_no_mount(node: Node, ctr: Ctr) -> Non
         (shim,) = find_shims(ctr)
         node.signal(shim.pid, "KILL")
         ctr.remove(container)
+
+
+def test_snapshots_of_containerds_blockfile_snapshotter_are_disks(node: Node, ctr: Ctr) -> None:
+    if node.version.major < 2:
+        pytest.skip("containerd 1.6 has no blockfile snapshotter")
+    done = ctr.run(
+        fresh_id("blockfile"),
+        "sh",
+        "-c",
+        "grep -c '^/dev/vda / ext4 rw' /proc/mounts; echo written >/file && cat /file",
+        options=["--rm", "--snapshotter", "blockfile"],
+    )
+    if "loop" in done.stderr:
+        pytest.skip(f"containerd can make no loop device here: {done.stderr.strip()}")
+    assert (done.returncode, done.stdout) == (0, "1\nwritten\n"), done.stderr
