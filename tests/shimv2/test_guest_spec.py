@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from shimv2.bundle import Bundle, ContainerKind
 from shimv2.errors import InvalidArgument, ShimError, Unimplemented
+from shimv2.guest_requests import container_request
 from shimv2.guest_spec import (
     block_devices,
     check_spec,
@@ -21,6 +23,7 @@ from shimv2.guest_spec import (
     shared_mounts,
     shares_sandbox_pid_namespace,
 )
+from shimv2.rootfs import GuestPaths
 from tests.shimv2.shim_bench import spec
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "oci"
@@ -89,6 +92,24 @@ def test_a_shared_process_namespace_is_asked_of_the_agent() -> None:
     config = spec(linux={"namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}]})
     assert shares_sandbox_pid_namespace(config)
     assert not made(config).Linux.Namespaces
+
+
+def test_processes_of_one_container_are_asked_for_by_its_name() -> None:
+    joins = spec(linux={"namespaces": [{"type": "pid", "path": "/proc/7/ns/pid"}]})
+    asker = bundle(joins, ContainerKind.MEMBER)
+    paths = GuestPaths(root=PurePosixPath("/r"))
+
+    def target(*neighbours: Bundle) -> dict[str, str]:
+        made = container_request(asker, paths, terminal=False, seccomp=False, neighbours=neighbours)
+        assert made.sandbox_pidns
+        return {key: value for key, value in made.OCI.Annotations.items() if "pid-names" in key}
+
+    alone = replace(bundle(spec(), ContainerKind.MEMBER), container_id="app")
+    shares, pause = bundle(joins, ContainerKind.MEMBER), bundle(spec(), ContainerKind.SANDBOX)
+    assert target(pause, shares) == {}
+    assert target(pause, shares, alone) == {"kata-shimv2.pid-namespace-of": "app"}
+    with pytest.raises(InvalidArgument, match=r"2 run in this VM, .*without --target"):
+        target(alone, replace(alone, container_id="other"))
 
 
 def test_hooks_of_the_host_never_reach_the_guest() -> None:
