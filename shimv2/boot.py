@@ -55,6 +55,8 @@ _REPORT_PATIENCE_S: Final = 15.0
 _LATE_REPORT_S: Final = 0.5
 # How long the loss of one part waits for the VMM's own end, which explains it better.
 _BETTER_REASON_S: Final = 0.3
+# The same where a daemon went in order: its VMM has hung up, which is on its own way out.
+_HUNG_UP_S: Final = 3.0
 _STOP_DEADLINE_S: Final = 5.0
 _TAIL_LINES: Final = 20
 _PANIC_LINES: Final = 100
@@ -164,6 +166,7 @@ class Machine:
         self._network_namespace: int | None = None
         self._is_closing = False
         self._helper_loss = ""
+        self._vmm_hung_up = False
         self.launched = trio.Event()
         self.vm: VirtualMachine | None = None
         self.agent: AgentClient | None = None
@@ -348,6 +351,7 @@ class Machine:
         said = " | ".join(helper.stderr_tail[-3:])
         # The agent's connection often breaks first, because its helper is gone: this is why.
         self._helper_loss = f"{helper.name} {ended}" + (f": {said}" if said else "")
+        self._vmm_hung_up = getattr(ended, "code", None) == 0
         await self._lost(self._helper_loss)
 
     async def _supervise_vm(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -374,10 +378,14 @@ class Machine:
         if self._is_closing:
             return
         if self.vm is not None:
+            # Its own supervisor reports the end.
             with trio.move_on_after(_BETTER_REASON_S):
                 await self.vm.wait_exited()
-                # Its own supervisor reports the end.
                 return
+            if self._vmm_hung_up:
+                with trio.move_on_after(_HUNG_UP_S):
+                    await self.vm.wait_exited()
+                    return
         self._die(self._helper_loss or reason)
 
     def _die(self, reason: str) -> None:

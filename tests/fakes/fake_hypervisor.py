@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from hypervisors.child import ChildRecord
+from hypervisors.child import ChildExit, ChildRecord
 from hypervisors.console import ConsoleRing
 from hypervisors.machine import (
     Capabilities,
@@ -128,16 +128,20 @@ class FakeHelper:
         self.name = name
         self.stderr_tail: list[str] = []
         self.is_closed = False
+        self._exit = ChildExit(code=None, signal=9)
         self._ended = trio.Event()
         self._sockets = sockets
 
-    def die(self) -> None:
+    def die(self, code: int | None = None) -> None:
+        self._exit = ChildExit(code=code, signal=9 if code is None else None)
         self._ended.set()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> str:
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> ChildExit:
         task_status.started()
         await self._ended.wait()
-        return "was killed by SIGKILL"
+        return self._exit
 
     async def aclose(self) -> None:
         self.is_closed = True

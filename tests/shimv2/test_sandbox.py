@@ -348,3 +348,16 @@ async def test_a_vmm_with_a_vsock_of_its_own_needs_no_daemon_for_it(tmp_path: Pa
         assert [helper.name for helper in shim.hypervisor.helpers] == ["virtiofsd"]
         assert HybridVsock(id="vsock0", uds_path=shim.agent.uds_path) in shim.machine.spec.devices
         await shim.start()
+
+
+async def test_a_daemon_that_goes_in_order_waits_for_the_end_of_its_vmm(tmp_path: Path) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+        shim.agent.program(SLEEP)
+        await shim.run()
+        shim.hypervisor.helper("virtiofsd").die(code=0)
+        shim.agent.wire.drop()
+        await trio.sleep(0.5)  # a VMM takes a while to end after it has let its devices go
+        shim.machine.die("the guest powered off")
+        assert (await shim.wait()).exit_status == 137
+        failed = shim.log.named("sandbox failed")
+        assert "the guest powered off" in str(failed[0]["reason"])
