@@ -311,6 +311,7 @@ class Sandbox:
                 timeline.mark("rootfs")
 
             undo.push_async_callback(self._close_stdio, container)
+            timeline.mark("prepared")
             try:
                 network = await self._host.open_network(container.bundle, self._configure(creation))
                 if network.devices:
@@ -323,6 +324,8 @@ class Sandbox:
                 timeline.enter("setting up the sandbox in the guest")
                 network = await self._host.adopt_network(network, self._configure(creation))
                 await network.configure(self.agent)
+                if network.devices:
+                    timeline.mark("addresses")
                 request = sandbox_request(
                     container.bundle,
                     sandbox_dns(container.bundle),

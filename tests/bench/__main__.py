@@ -1,6 +1,6 @@
 """Runs the measurements named on the command line, or all; prints, and writes build/bench/.
 
-    python -m tests.bench [start|shim|runs|exec|relay|growth|volumes …]
+    python -m tests.bench [GROUP …]     the groups' names are in GROUPS
 
 Exits with 1 when something could not be measured; a figure that is not reached is no failure.
 Medians of a busy machine say little: look at `uptime` first. Where it never is quiet, `chrt -r 1`
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tests.bench import ctr_run, relay, report, running, start, volumes
+from tests.bench import ctr_run, pods, relay, report, running, start, volumes
 from tests.bench.picture import draw
 from tests.harness.containerd_daemon import ContainerdMissing, find_containerd
 from tests.harness.node import BUILD, Node
@@ -34,6 +34,10 @@ GROUPS: dict[str, Callable[[Node], Iterator[Figure]]] = {
     "relay": relay.measure,
     "growth": running.measure_growth,
     "volumes": volumes.measure,
+    "pods": pods.measure_ready,
+    "network": pods.measure_network_memory,
+    "between": pods.measure_pod_to_pod,
+    "cycles": pods.measure_cycles,
 }
 
 

@@ -32,7 +32,7 @@ def measure_runs(node: Node) -> Iterator[Figure]:
             ours.append(_run_ms(Ctr(node, KATA)))
             bare.append(recipe.boot_ms())
             runc.append(_run_ms(Ctr(node, RUNC)))
-        timelines = _timelines(node)[-len(ours) :]
+        timelines = read_timelines(node)[-len(ours) :]
     ready = [line["agent_ready"] - line["launch"] for line in timelines]
     yield Figure(
         name="VMM launch → agent ready",
@@ -92,7 +92,7 @@ def _timed(action: Callable[[], Any]) -> float:
     return took
 
 
-def _timelines(node: Node) -> list[dict[str, float]]:
+def read_timelines(node: Node) -> list[dict[str, float]]:
     """The timelines that shims wrote into containerd's log, in order."""
     found = []
     for line in node.containerd.log_path.read_text(errors="replace").splitlines():
