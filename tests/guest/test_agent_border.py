@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import trio
 from agent_proto.errors import AgentStatus
 from agent_proto.pb import agent_pb2
 from tests.guest.agent_process import connect, needs_agent, running_agent, spec
+from tests.harness.limitations import documented
 from ttrpc import Code
 
 pytestmark = [needs_agent, pytest.mark.root]
@@ -163,7 +163,6 @@ async def test_device_that_no_rule_allows_can_be_made_but_not_opened(tmp_path: P
         assert b"Operation not permitted" in await guest.client.read_stderr("c1", "c1")
 
 
-@pytest.mark.skipif(shutil.which("iptables-save") is not None, reason="the machine has iptables")
 async def test_rules_without_their_program_are_unimplemented(tmp_path: Path) -> None:
     async with running_agent(tmp_path) as guest:
         with pytest.raises(AgentStatus, match="iptables-save is not in the guest") as refused:
@@ -173,6 +172,32 @@ async def test_rules_without_their_program_are_unimplemented(tmp_path: Path) -> 
 
 async def test_policy_is_refused_because_it_would_not_be_enforced(tmp_path: Path) -> None:
     async with running_agent(tmp_path) as guest:
-        with pytest.raises(AgentStatus, match="Rego") as refused:
+        text = documented("SetPolicy: this agent has no Rego engine, so it can't enforce a policy")
+        with pytest.raises(AgentStatus, match=text) as refused:
             await guest.client.set_policy("package agent_policy")
         assert refused.value.code == Code.UNIMPLEMENTED
+
+
+async def test_growing_a_volume_without_its_program_is_unimplemented(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        text = documented("resize2fs is not in the guest image")
+        with pytest.raises(AgentStatus, match=text) as refused:
+            await guest.client.resize_volume("/run/kata-containers/v", 1 << 30)
+        assert refused.value.code == Code.UNIMPLEMENTED
+
+
+async def test_what_a_container_cannot_have_is_refused_by_name(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        raw = agent_pb2.CreateContainerRequest(
+            container_id="c1", OCI=spec(guest.rootfs, ["true"]), stdout_port=7
+        )
+        text = documented("stdio over vsock ports: only RPC streams are served")
+        with pytest.raises(AgentStatus, match=text):
+            await guest.client.create_container(raw)
+        noted = agent_pb2.CreateContainerRequest(
+            container_id="c1", OCI=spec(guest.rootfs, ["true"])
+        )
+        noted.OCI.Linux.Seccomp.DefaultAction = "SCMP_ACT_NOTIFY"
+        text = documented('seccomp action "SCMP_ACT_NOTIFY"')
+        with pytest.raises(AgentStatus, match=text):
+            await guest.client.create_container(noted)

@@ -22,6 +22,7 @@ from hypervisors.virtiofsd import (
     virtiofsd_argv,
 )
 from hypervisors.vsock_device import check_vsock_device, vsock_device_argv
+from tests.harness.limitations import documented
 
 
 def elf(machine=62, note=18, word=2):
@@ -155,6 +156,15 @@ def test_what_the_backend_never_can_is_unsupported_with_a_hint(spec, changes):
     assert caught.value.hint
 
 
+def test_a_machine_without_hot_plugged_devices_is_refused_with_the_one_there_is(spec):
+    text = documented(
+        "qemu cannot build a machine of type 'pc': only q35 takes hot-plugged devices and boots "
+        'reliably; set machine_type = "q35"'
+    )
+    with pytest.raises(Unsupported, match=text):
+        Qemu().check(replace(spec, machine_type="pc"))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root changes users")
 def test_file_the_vmms_user_cannot_use_is_refused_with_the_fix(spec, tmp_path):
     for directory in (tmp_path, *tmp_path.parents):
@@ -228,8 +238,14 @@ def test_capabilities_follow_the_specification(spec):
 
 def test_unknown_hypervisor_is_refused_with_the_known_ones():
     assert find_hypervisor("qemu").name == "qemu"
-    with pytest.raises(Unsupported, match=r"choose one of: .*qemu"):
-        find_hypervisor("xen")
+    with pytest.raises(
+        Unsupported,
+        match=documented(
+            "firecracker cannot be used: no such hypervisor is installed; choose one of: "
+            "cloud-hypervisor, qemu"
+        ),
+    ):
+        find_hypervisor("firecracker")
 
 
 def test_virtiofsd_flavours_are_told_apart_and_get_their_own_arguments(tmp_path):

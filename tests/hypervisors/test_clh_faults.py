@@ -32,6 +32,7 @@ from hypervisors.machine import (
 )
 from hypervisors.registry import find_hypervisor
 from tests.fakes import fake_clh
+from tests.harness.limitations import documented
 
 from . import openapi
 
@@ -154,6 +155,12 @@ async def test_guest_that_reboots_or_panics_is_not_booted_again(
     assert (scenario == "panic") == any("panic" in line for line in machine.console.tail(9))
 
 
+async def test_an_old_vmm_is_refused_with_the_version_to_install(make_spec):
+    text = documented("Cloud Hypervisor …: its version is '…'; install version 52 or newer")
+    assert text.search(said := await refused(make_spec("old")))
+    assert "'v51.1'" in said
+
+
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
@@ -162,7 +169,6 @@ async def test_guest_that_reboots_or_panics_is_not_booted_again(
             "cloud-hypervisor refused /api/v1/vm.create: Error from API: The VM could not be"
             " created: no such kernel before it was ready",
         ),
-        ("old", "its version is 'v51.1'; install version 52 or newer"),
         ("strange", "broke its control protocol: VMM command GET /api/v1/vmm.ping"),
         ("link", "has no vsock for"),
     ],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from hypervisors import disk_nodes
 from hypervisors.child_exec import Account
 from hypervisors.disk_lease import lease
 from hypervisors.disk_nodes import DiskNodes
 from hypervisors.errors import PreconditionFailed
 from hypervisors.machine import BlockDevice
+from tests.harness.limitations import documented
 
 pytestmark = pytest.mark.root
 ACCOUNT = Account(uid=0x6B000001, gid=0x6B000001)
@@ -80,7 +83,28 @@ def test_writer_has_a_disk_for_himself_and_readers_share_it(image):
     second.close()
     only = lease(writer)
     for device in (reader, writer):
-        with pytest.raises(PreconditionFailed, match="in use"):
+        with pytest.raises(
+            PreconditionFailed,
+            match=documented(
+                "block device …: in use by another device or machine; detach it there first"
+            ),
+        ):
             lease(device)
     only.close()
     lease(reader).close()
+
+
+def test_image_without_loop_devices_is_refused_with_the_way_out(nodes, image, monkeypatch):
+    def refuse(*_arguments):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/dev/loop-control")
+
+    monkeypatch.setattr(disk_nodes.fcntl, "ioctl", refuse)
+    device = BlockDevice(id="d0", path=image, read_only=True)
+    leased = lease(device)
+    text = documented(
+        "block device …: no loop device can be made of it for the VMM's user (errno …); load the "
+        "module loop, or use a block device"
+    )
+    with pytest.raises(PreconditionFailed, match=text), nodes.exposed(device, leased):
+        pass
+    leased.close()

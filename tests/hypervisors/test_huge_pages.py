@@ -11,6 +11,7 @@ import pytest
 from hypervisors import clh_config, qemu_argv
 from hypervisors.errors import PreconditionFailed
 from hypervisors.spec_check import check_huge_pages
+from tests.harness.limitations import documented
 from tests.hypervisors.test_clh_config import SPEC as CLH
 from tests.hypervisors.test_qemu_argv import SPEC as QEMU
 
@@ -41,7 +42,13 @@ def test_too_few_free_huge_pages_are_refused_with_the_numbers(tmp_path: Path) ->
     check_huge_pages(64, tmp_path)
     with pytest.raises(PreconditionFailed, match=r"32 of 2 MiB are free, 66 MiB of memory need 33"):
         check_huge_pages(66, tmp_path)
-    with pytest.raises(PreconditionFailed, match="set enable_hugepages = false"):
+    with pytest.raises(
+        PreconditionFailed,
+        match=documented(
+            "huge pages …: … of 2 MiB are free, … MiB of memory need …; reserve more "
+            "(vm.nr_hugepages), or set enable_hugepages = false"
+        ),
+    ):
         check_huge_pages(63, tmp_path)
     with pytest.raises(PreconditionFailed, match="0 of 2 MiB are free"):
         check_huge_pages(64, tmp_path / "none")

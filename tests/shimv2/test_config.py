@@ -15,6 +15,7 @@ from shimv2 import annotations, config, config_file
 from shimv2.config import AgentConfig, HypervisorConfig, RuntimeSection, load_config
 from shimv2.config_keys import IDLE, REFUSED, TABLES
 from shimv2.errors import FailedPrecondition, InvalidArgument
+from tests.harness.limitations import documented
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = "io.katacontainers.config."
@@ -81,7 +82,14 @@ def test_a_key_without_effect_is_named_once_it_is_set(write):
 
 def test_a_way_to_share_that_is_not_there_is_refused(write):
     text = refused(write('[hypervisor.qemu]\nshared_fs = "virtio-9p"\n'))
-    assert 'shared_fs is "virtio-9p"; known are "virtio-fs", "none"' in text
+    assert documented('shared_fs is "virtio-9p"; known are "virtio-fs", "none"').search(text)
+
+
+def test_what_this_build_does_not_offer_is_refused_by_name(write):
+    text = refused(write("[hypervisor.qemu]\nconfidential_guest = true\n"))
+    assert documented("confidential guests are not offered by this build").search(text)
+    text = refused(write("[factory]\nenable_template = true\n"))
+    assert documented("VM templates are not offered yet").search(text)
 
 
 def test_both_runtimes_spellings_of_the_create_timeout_are_read(write):

@@ -14,6 +14,7 @@ from shimv2.copies import Copies, Copy, plan_copy
 from shimv2.errors import InvalidArgument
 from shimv2.file_tree import MAX_BYTES, read_tree
 from shimv2.guest_spec import SharedMount
+from tests.harness.limitations import documented
 from tests.shimv2.shim_bench import RecordingLog
 
 TARGET = PurePosixPath("/run/kata-containers/shared/containers/c1-0-v")
@@ -164,14 +165,23 @@ async def test_what_becomes_impossible_later_is_logged_and_followed_on(volume: P
 @pytest.mark.parametrize("target", ["/etc/passwd", "../secret", "..data/../../x"])
 def test_a_link_that_leads_out_is_refused(volume: Path, target: str) -> None:
     (volume / "out").symlink_to(target)
-    with pytest.raises(InvalidArgument, match="the link out leads out of the volume"):
+    with pytest.raises(
+        InvalidArgument,
+        match=documented(
+            "mount …: the link … leads out of the volume, which is copied into the VM alone; let "
+            "it lead to something inside"
+        ),
+    ):
         plan(volume)
 
 
 def test_a_volume_that_is_too_large_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with (tmp_path / "big").open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    text = r"larger than the 8 MiB or 512 files .* use a block volume, or shared_fs = \"virtio-fs\""
+    text = documented(
+        "mount …: … is larger than the 8 MiB or 512 files that can be copied into a VM without a "
+        'shared directory; use a block volume, or shared_fs = "virtio-fs"'
+    )
     with pytest.raises(InvalidArgument, match=text):
         plan(tmp_path)
     (tmp_path / "big").unlink()
@@ -182,17 +192,27 @@ def test_a_volume_that_is_too_large_is_refused_with_the_way_out(tmp_path: Path) 
 
 
 def test_a_directory_for_writing_is_refused_with_the_way_out(volume: Path) -> None:
-    with pytest.raises(InvalidArgument, match="is for writing, and a VM without a shared direct"):
+    with pytest.raises(
+        InvalidArgument,
+        match=documented(
+            "mount …: the directory … is for writing, and a VM without a shared directory gets "
+            'only a copy; mount it read-only, use a block volume, or shared_fs = "virtio-fs"'
+        ),
+    ):
         plan(volume, read_only=False)
 
 
 def test_sockets_and_fifos_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(InvalidArgument, match="mount /v: fifo is a socket, fifo or device"):
+    text = documented(
+        "mount …: … is a socket, fifo or device of the host, which cannot be copied into the VM; "
+        "remove it"
+    )
+    with pytest.raises(InvalidArgument, match=text):
         plan(tmp_path)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
-        with pytest.raises(InvalidArgument, match="mount /v: it is a socket, fifo or device"):
+        with pytest.raises(InvalidArgument, match=text):
             plan(tmp_path / "s")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from shimv2.journal import Journal
 from shimv2.pb import containerd_mount_pb2 as mount_pb
 from tests.fakes.fake_hypervisor import FakeMachine
 from tests.fakes.fake_process import SLEEP
+from tests.harness.limitations import documented
 from tests.shimv2.shim_bench import ShimBench, overlay, pod_annotations, refusal, spec
 from ttrpc import Code
+
+_DISKS = [one for one in Path("/sys/block").glob("*/dev") if Path("/dev", one.parent.name).exists()]
 
 
 def ext4(source: Path | str, *options: str, **more: str) -> Any:
@@ -148,7 +152,13 @@ async def test_a_tree_that_does_not_fit_is_refused_with_the_key_to_raise(
     tree: Path, tmp_path: Path, journal: Journal
 ) -> None:
     (tree / "rootfs" / "big").write_bytes(os.urandom(20 << 20))
-    with pytest.raises(ResourceExhausted, match=r"image of 16 MiB.*raise rootfs_image_size"):
+    with pytest.raises(
+        ResourceExhausted,
+        match=documented(
+            "rootfs of container … does not fit into an image of … MiB, or the disk is full; raise "
+            "rootfs_image_size or make room"
+        ),
+    ):
         await rootfs_image.build_image(
             tree, tmp_path / "i", 16, journal, what="rootfs of container c1"
         )
@@ -262,8 +272,37 @@ async def test_neither_sharing_nor_disks_is_refused_before_anything_is_taken(
     async with ShimBench(tmp_path, config(shared_fs="none")).running() as shim:
         error = await refusal(shim.create())
         assert error.code == Code.FAILED_PRECONDITION
-        assert "no way to give a container its files" in str(error)
+        text = documented(
+            "… has no way to give a container its files: without a shared directory it needs block "
+            "devices; set hotplug_ports above 0 …"
+        )
+        assert text.search(str(error))
         assert not shim.hypervisor.machines
+
+
+@pytest.mark.skipif(not _DISKS, reason="the machine has no disk")
+async def test_a_disk_for_a_machine_that_takes_none_is_refused(tmp_path: Path) -> None:
+    major, minor = _DISKS[0].read_text().strip().split(":")
+    disk = {"path": "/dev/xvda", "type": "b", "major": int(major), "minor": int(minor)}
+    linux = spec()["linux"] | {"devices": [disk]}
+    async with ShimBench(tmp_path, config(hotplug_ports=0)).running() as shim:
+        text = documented(
+            "device … is a disk of the host, and this VM takes none while it runs; set "
+            "hotplug_ports above 0 …"
+        )
+        assert text.search(str(await refusal(shim.create(config=spec(linux=linux)))))
+
+
+async def test_the_operators_mounts_need_a_shared_directory(tmp_path: Path) -> None:
+    made = config(shared_fs="none", rootfs_image_size_mib=16)
+    mounts = replace(made, runtime=replace(made.runtime, sandbox_bind_mounts=("/etc/hostname",)))
+    async with ShimBench(tmp_path, mounts).running() as shim:
+        shim.hypervisor.block_hotplug = True
+        text = documented(
+            "sandbox_bind_mounts needs a shared directory, which this machine has not; remove the "
+            'key, or set shared_fs = "virtio-fs"'
+        )
+        assert text.search(str(await refusal(shim.create(rootfs=[overlay()]))))
 
 
 async def test_without_sharing_an_empty_dir_is_a_disk_of_the_pod_and_the_last_words_come_back(

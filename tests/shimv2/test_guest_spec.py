@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,9 +25,15 @@ from shimv2.guest_spec import (
     shares_sandbox_pid_namespace,
 )
 from shimv2.rootfs import GuestPaths
+from tests.harness.limitations import documented
 from tests.shimv2.shim_bench import spec
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "oci"
+_NO_TYPE = documented(
+    "mount …: filesystem type '…' cannot be mounted in the VM; mount it on the host and bind it"
+)
+_NO_SOURCE = documented("mount …: a bind needs a source")
+_ID_MAPPED = documented("mount …: id-mapped mounts cannot be shared with the VM")
 ROOT = PurePosixPath("/run/kata-containers/shared/containers/c1/rootfs")
 
 
@@ -147,16 +154,16 @@ def test_a_user_namespace_without_users_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mount", "error", "text"),
     [
-        ({"type": "nfs", "source": "s:/x"}, InvalidArgument, "nfs"),
-        ({"type": "overlay", "source": "o"}, InvalidArgument, "overlay"),
-        ({"type": "bind", "source": ""}, InvalidArgument, "needs a source"),
-        ({"type": "bind", "source": "/x", "options": ["idmap"]}, Unimplemented, "id-mapped"),
+        ({"type": "nfs", "source": "s:/x"}, InvalidArgument, _NO_TYPE),
+        ({"type": "overlay", "source": "o"}, InvalidArgument, _NO_TYPE),
+        ({"type": "bind", "source": ""}, InvalidArgument, _NO_SOURCE),
+        ({"type": "bind", "source": "/x", "options": ["idmap"]}, Unimplemented, _ID_MAPPED),
     ],
 )
 def test_a_mount_no_guest_can_have_is_refused_with_a_sentence(
-    mount: dict[str, Any], error: type[ShimError], text: str
+    mount: dict[str, Any], error: type[ShimError], text: re.Pattern[str]
 ) -> None:
-    with pytest.raises(error, match=f"/dest.*{text}"):
+    with pytest.raises(error, match=text):
         shared_mounts(spec(mounts=[{"destination": "/dest", **mount}]))
 
 
@@ -164,7 +171,13 @@ def test_devices_that_every_linux_has_are_kept_and_others_refused() -> None:
     fuse = {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
     assert made(spec(linux={"devices": [fuse]})).Linux.Devices[0].Path == "/dev/fuse"
     loop = {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}
-    with pytest.raises(InvalidArgument, match=r"/dev/loop-control \(c 10:237\) is the host's"):
+    with pytest.raises(
+        InvalidArgument,
+        match=documented(
+            "device /dev/loop-control (c 10:237) is the host's and cannot be given to a VM; "
+            "remove it"
+        ),
+    ):
         made(spec(linux={"devices": [loop]}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import trio.testing
 
 from hypervisors.errors import HypervisorError
 from hypervisors.machine import GuestAddress, NetDevice
-from netns.errors import HostNamespace, UnsupportedLink
+from netns.errors import HostNamespace, KernelRefused, UnsupportedLink
+from netns.network import PodNetwork
 from shimv2.config import RuntimeConfig
 from shimv2.errors import FailedPrecondition
 from shimv2.journal import Journal, read, replay
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
+from tests.harness.limitations import documented
 from tests.netns.pod import NEEDS_TAPS, OUTSIDE, POD, ROUTES, Holder
 
 CONFIG = RuntimeConfig()
@@ -231,12 +234,33 @@ class TestWired:
         network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
         await network.wire()
         with pytest.raises(
-            UnsupportedLink, match="eth0 cannot be given to a virtual machine: another one has it"
+            UnsupportedLink,
+            match=documented(
+                "network interface … cannot be given to a virtual machine: another one has it; "
+                "containers share a network only in one pod, so give this one a network of its own"
+            ),
         ):
             await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
         assert await network.aclose() == []
         again = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
         assert await again.aclose() == []
+        book.close()
+
+    async def test_ports_that_cannot_be_forwarded_are_told_and_nothing_else_suffers(
+        self, tmp_path, pod, outside, monkeypatch
+    ):
+        async def old_kernel(_self: object) -> None:
+            raise KernelRefused("bpf", errno.EINVAL)
+
+        monkeypatch.setattr(PodNetwork, "steer_loopback", old_kernel)
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        said: list[str] = []
+        dial: Any = None
+        await network.forward(dial, said.append)
+        (text,) = said
+        assert documented("ports cannot be forwarded to the pod: …").search(text)
+        assert await network.aclose() == []
         book.close()
 
     async def test_interface_that_the_vmm_refuses_is_told_and_the_next_change_followed(

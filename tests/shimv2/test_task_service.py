@@ -11,6 +11,7 @@ from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from tests.fakes.fake_hypervisor import FAKE_PID
 from tests.fakes.fake_process import CAT, SLEEP, Program
+from tests.harness.limitations import documented
 from tests.shimv2.shim_bench import ShimBench, overlay, pod_annotations, refusal, spec
 from ttrpc import Code
 
@@ -283,7 +284,27 @@ async def test_checkpoint_is_refused_with_a_sentence(tmp_path: Path) -> None:
         await shim.create()
         error = await refusal(shim.call("Checkpoint", pb.CheckpointTaskRequest(id="c1")))
         assert error.code == Code.UNIMPLEMENTED
-        assert "checkpoint" in str(error)
+        assert documented(
+            "a container in a VM cannot be checkpointed: its state is the guest kernel's"
+        ).search(str(error))
+        error = await refusal(shim.create("c2", checkpoint="/c"))
+        assert error.code == Code.UNIMPLEMENTED
+        text = documented("a container cannot be restored from a checkpoint into a VM")
+        assert text.search(str(error))
+
+
+async def test_an_exec_is_refused_where_its_container_does_not_run(tmp_path: Path) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+        shim.agent.program(SLEEP)
+        await shim.create()
+        await shim.exec("e1")
+        text = documented("container …: cannot start an exec in a created container")
+        assert text.search(str(await refusal(shim.start(exec_id="e1"))))
+        await shim.start()
+        await shim.call("Pause", pb.PauseRequest(id="c1"))
+        text = documented("container …: cannot exec in a paused container")
+        assert text.search(str(await refusal(shim.exec("e2"))))
+        await shim.call("Resume", pb.ResumeRequest(id="c1"))
 
 
 async def test_shutdown_with_a_container_left_is_no_end(tmp_path: Path) -> None:

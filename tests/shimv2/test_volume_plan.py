@@ -13,6 +13,7 @@ from shimv2.guest_spec import SharedMount
 from shimv2.sandbox_mounts import plan_sandbox_mounts
 from shimv2.volume_plan import VolumeKind, kubelet_volume, memory_volume, watched_volume
 from shimv2.volume_source import MountedAt
+from tests.harness.limitations import documented
 
 POD = "/var/lib/kubelet/pods/0b81"
 EMPTY_DIR = f"{POD}/volumes/kubernetes.io~empty-dir/cache"
@@ -132,7 +133,13 @@ def test_huge_pages_are_as_many_as_the_containers_limit() -> None:
 @pytest.mark.parametrize("limits", [[], [{"pageSize": "2MB", "limit": 0}], [{"pageSize": "x"}]])
 def test_huge_pages_without_a_limit_are_refused_with_a_sentence(limits: Any) -> None:
     table = [mounted(EMPTY_DIR, "hugetlbfs", super_options=("rw", "pagesize=2M"))]
-    with pytest.raises(InvalidArgument, match="mount /v: huge pages of 2M without a limit"):
+    with pytest.raises(
+        InvalidArgument,
+        match=documented(
+            "mount …: huge pages of 2M without a limit, so the guest cannot set any aside; set "
+            "resources.limits of that page size"
+        ),
+    ):
         planned(EMPTY_DIR, table, limits=limits)
 
 
@@ -153,10 +160,16 @@ def test_the_operators_mounts_are_read_only_unless_they_say_otherwise() -> None:
 
 @pytest.mark.parametrize("value", ["relative", "", "/", "/a/..", ":ro"])
 def test_an_operators_mount_must_be_a_path(value: str) -> None:
-    with pytest.raises(InvalidArgument, match=r"sandbox_bind_mounts: .* is no absolute path"):
+    with pytest.raises(
+        InvalidArgument,
+        match=documented("sandbox_bind_mounts: … is no absolute path of a file or directory, …"),
+    ):
         plan_sandbox_mounts([value])
 
 
 def test_two_of_the_operators_mounts_cannot_have_one_name() -> None:
-    with pytest.raises(InvalidArgument, match="'/b/x' and '/a/x' would have the same name"):
+    with pytest.raises(
+        InvalidArgument, match=documented("… would have the same name in the guest; rename one")
+    ) as caught:
         plan_sandbox_mounts(["/a/x", "/b/x"])
+    assert "'/b/x' and '/a/x' would" in str(caught.value)
