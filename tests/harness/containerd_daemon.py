@@ -145,6 +145,7 @@ class ContainerdDaemon:
             cni_configuration=pod_network.CONFIGURATION,
             registries=registry.CONFIGURATION,
         )
+        config += pod_network.handlers()
         if self.version.major > 1:
             config += self._blockfile()
         self._node.write("/etc/containerd/config.toml", config)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from tests.harness.containerd_daemon import ROOT, STATE
 from tests.harness.patience import patient
-from tests.harness.pod_network import ADDRESSES, BRIDGE
+from tests.harness.pod_network import ADDRESSES, BRIDGE, NETWORKS
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -47,14 +47,16 @@ _KEPT_DIRECTORIES = {
     f"{STATE}/{_TASKS}/moby",
     f"{ROOT}/{_TASKS}/moby",
     f"{ROOT}/{_TASKS}/k8s.io",
-    f"{ADDRESSES}/pods",
+    *(f"{ADDRESSES}/{network}" for network in NETWORKS),
     ADDRESSES,
     "/var/lib/cni/results",
 }
 #: What the first pod of a node makes for all that follow.
 _KEPT_LINKS = {BRIDGE}
 _KEPT_FILES = {
-    f"{ADDRESSES}/pods/{name}" for name in ("lock", "last_reserved_ip.0", "last_reserved_ip.1")
+    f"{ADDRESSES}/{network}/{name}"
+    for network in NETWORKS
+    for name in ("lock", "last_reserved_ip.0", "last_reserved_ip.1")
 }
 
 
