@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.cri.critest import Outcome
 from tests.cri.expected import Expected, differences, of_run, read_list
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+_SPECS = 113  # of critest 1.34
 LISTED = [Expected("a b", "fails", ("kata",), "no such thing in a VM")]
 
 
@@ -50,6 +49,16 @@ def test_listed_spec_that_no_longer_exists_is_told_of_a_whole_run():
 
 def test_list_in_the_project_is_complete():
     assert {each.outcome for each in read_list()} == {"fails", "skipped"}
+
+
+def test_page_for_operators_counts_what_the_list_says():
+    page = (Path(__file__).parents[2] / "docs" / "kubernetes.md").read_text()
+    for handler in ("kata", "runc"):
+        for major, version in ((1, "1.6"), (2, "2.2.2")):
+            listed = Counter(each.outcome for each in of_run(read_list(), handler, major).values())
+            fails, skipped = listed["fails"], listed["skipped"]
+            passes = _SPECS - fails - skipped
+            assert f"| {handler} | {version} | {passes} | {fails} | {skipped} |\n" in page
 
 
 def test_group_without_a_reason_is_refused(tmp_path: Path):
