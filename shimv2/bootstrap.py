@@ -88,6 +88,7 @@ class ShimInvocation:
         "id",
         "kind",
         "namespace",
+        "options",
         "publish_binary",
         "sandbox_id",
         "socket_dir",
@@ -108,6 +109,7 @@ class ShimInvocation:
         self.ttrpc_address = ""
         self.publish_binary = ""
         self.containerd_version = ""
+        self.options = b""  # an Any of the runtime's, encoded; empty if there are none
         self.socket_dir = ""
         self.socket_inode = 0  # what `start` bound, once it has
         self.variant = ""
@@ -132,6 +134,17 @@ class ShimInvocation:
     @property
     def address(self) -> str:
         return f"unix://{self.socket_path}"
+
+    @property
+    def answer(self) -> str:
+        """What `start` prints: the plain address, which every containerd understands as version 2.
+
+        Where 3 is surely understood it is that: containerd then connects a pod's containers by
+        itself instead of running `start` and `delete` for each.
+        """
+        if not offers_version_3(self.containerd_version):
+            return self.address
+        return f'{{"version":3,"address":"{self.address}","protocol":"ttrpc"}}'
 
 
 def parse_flags(arguments: Sequence[str]) -> Flags:
@@ -206,6 +219,7 @@ def read_invocation(
     invocation.ttrpc_address = params.get(5) or variable(b"TTRPC_ADDRESS")
     invocation.publish_binary = flags.string("publish-binary")
     invocation.containerd_version = params.get(4, "")
+    invocation.options = extension(stdin) if params else stdin
     invocation.socket_dir = params.get(9, "")
     invocation.debug = flags.boolean("debug") or params.get(3, "") == "debug"
     invocation.core_scheduling = variable(b"SCHED_CORE") != ""
@@ -356,6 +370,27 @@ def bootstrap_params(data: bytes, instance: str, namespace: str) -> dict[int, st
     return texts
 
 
+def extension(data: bytes) -> bytes:
+    """Return the first extension of a BootstrapParams: the runtime options, as an Any."""
+    for number, value in _fields(data):
+        if number == 8 and isinstance(value, bytes):
+            return next((v for n, v in _fields(value) if n == 1 and isinstance(v, bytes)), b"")
+    return b""
+
+
+def offers_version_3(containerd_version: str) -> bool:
+    """Tell whether containerd surely takes a bootstrap of Task API version 3: from 2.3 on.
+
+    1.7 and 2.0 to 2.2 look the same at `start`, where they don't say their version, and 1.7 refuses
+    it. Source: containerd pkg/shim/compat.go, core/runtime/v2/binary.go.
+    """
+    major, _, rest = containerd_version.removeprefix("v").partition(".")
+    minor = rest.partition(".")[0].partition("-")[0]
+    if not (major.isdecimal() and minor.isdecimal()) or len(major) > 3 or len(minor) > 3:
+        return False
+    return (int(major), int(minor)) >= (2, 3)
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Walk the top level of a protobuf message; raises ValueError where it isn't one."""
     position = 0
@@ -416,7 +451,9 @@ __all__ = [
     "annotations_of",
     "bootstrap_params",
     "classify",
+    "extension",
     "kind_of",
+    "offers_version_3",
     "parse_flags",
     "parse_json",
     "read_invocation",

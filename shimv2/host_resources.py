@@ -20,9 +20,11 @@ from shimv2.boot import Machine, Machinery
 from shimv2.cleanup import remove_state
 from shimv2.container_files import ContainerFiles, Prepared
 from shimv2.errors import Unavailable
+from shimv2.guest_requests import sandbox_request
 from shimv2.host_cgroup import HostCgroup
 from shimv2.journal import DEFERRED, Journal
 from shimv2.logger import start_logger
+from shimv2.rootfs import sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
 
 if TYPE_CHECKING:
@@ -180,6 +182,44 @@ class HostResources:
             return
         if self.machine is not None and self.machine.vm is not None:
             await self.network.catch_up(agent, self.machine.vm, self.tell_network)
+
+    async def set_up_guest(
+        self, agent: AgentClient, bundle: Bundle, config: RuntimeConfig, timeline: Timeline
+    ) -> None:
+        """Make the booted guest this sandbox's.
+
+        Raises:
+            AgentError: the agent refused something.
+        """
+        assert self.machine is not None
+        assert self.network is not None
+        network = await self.adopt_network(self.network, config)
+        await network.configure(agent)
+        if network.devices:
+            timeline.mark("addresses")
+        request = sandbox_request(
+            bundle,
+            sandbox_dns(bundle),
+            config.agent.kernel_modules,
+            shm_bytes=sandbox_shm_bytes(bundle),
+            shares=self.machine.shares,
+        )
+        await agent.create_sandbox(request)
+        timeline.mark("sandbox")
+
+    def start_followers(
+        self, start_job: Callable[..., None], agent: AgentClient, config: RuntimeConfig
+    ) -> None:
+        """Begin what keeps the guest in step with the host from now on."""
+        machine, network = self.machine, self.network
+        assert machine is not None
+        assert network is not None
+        if not machine.shares:
+            start_job(self.files.follow, agent)
+        if network.has_namespace:
+            start_job(network.forward, machine.dial_loopback, self.tell_network)
+            if config.hypervisor.hotplug_ports > 0 and machine.vm is not None:
+                start_job(network.follow, agent, machine.vm, self.tell_network)
 
     async def run_creation_hooks(self, bundle: Bundle) -> None:
         """Run the hooks of a container's creation that are left when the VM is up.

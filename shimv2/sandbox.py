@@ -5,7 +5,8 @@
 
 The first container boots the VM, inside of its Create: whatever ends that request early (deadline,
 Kill, a client that leaves, a part that dies) undoes it all. The VM lives as long as the sandbox:
-until the container that it was made for ends, or the shim is shut down.
+until the container that it was made for ends, or the shim is shut down. A pod of the Sandbox API
+has no such container: `found` boots its VM, `end` ends it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from shimv2.errors import (
     Unavailable,
     representative,
 )
-from shimv2.guest_requests import container_request, sandbox_request
+from shimv2.guest_requests import container_request
 from shimv2.guest_spec import check_hooks, check_spec
 from shimv2.host_resources import HostResources, Parts
 from shimv2.jobs import Jobs
@@ -39,7 +40,6 @@ from shimv2.machine_plan import plan_machine
 from shimv2.oom_watch import watch_oom
 from shimv2.post_mortem import Scene, failed, late, scene_of, users_mistake
 from shimv2.process import DRAIN_DEADLINE_S, ProcessExit, exit_now
-from shimv2.rootfs import GuestPaths, sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import namespace_path
 from shimv2.sandbox_resources import SandboxResources
 from shimv2.timeline import Timeline
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from shimv2.config import RuntimeConfig
     from shimv2.container_files import Prepared
     from shimv2.mounts import RootfsMount
-    from shimv2.sandbox_network import SandboxNetwork
+    from shimv2.rootfs import GuestPaths
     from shimv2.state_dir import StateDir
     from shimv2.stdio import Logger, LoggerCommand, StdioPlan
     from shimv2.task_events import TaskEvents
@@ -198,6 +198,11 @@ class Sandbox:
         except KeyError:
             raise NotFound(f"container {container_id} not found") from None
 
+    def neighbours(self) -> list[Bundle]:
+        """What runs, or is ready to."""
+        alive = (State.CREATED, State.RUNNING)
+        return [one.bundle for one in self.containers.values() if one.init.state in alive]
+
     async def create(self, creation: Creation) -> Container:
         """Create a container, and for the sandbox's first the VM. Undone whole if it fails.
 
@@ -214,14 +219,7 @@ class Sandbox:
         container = Container(bundle, creation.stdio, self)
         self.containers[container.id] = container
         try:
-            limit_s = min(
-                creation.limit_s, self._configure(creation).agent.create_container_timeout_s
-            )
-            with trio.move_on_after(limit_s) as scope:
-                container.creation = scope
-                await self._create(container, creation)
-            if scope.cancelled_caught:
-                raise self._cut_short(container, creation, limit_s)
+            await self._create_in_time(container, creation)
         except BaseException:
             self.containers.pop(container.id, None)
             container.init.vanish()
@@ -229,6 +227,20 @@ class Sandbox:
             raise
         container.creation = None
         return container
+
+    async def found(self, creation: Creation) -> None:
+        """Boot the VM of a pod that has no container of its own. Undone whole if it fails.
+
+        Raises:
+            ShimError: as `create`.
+        """
+        check_spec(creation.bundle.spec)
+        namespace_path(creation.bundle.spec)
+        await self._create_in_time(None, creation)
+
+    async def end(self, reason: str) -> None:
+        """End what `found` has made, to the end even if the client leaves. Idempotent."""
+        await self._jobs.finish(self._end, reason)
 
     async def start(self, container: Container, exec_id: str) -> None:
         """Start a process to the end, even if the client that asked for it leaves."""
@@ -256,9 +268,13 @@ class Sandbox:
         """
         if container.bundle.kind is ContainerKind.SANDBOX:
             await container.init.admit(Operation.STATS)
-            if (of_host := self._host.cgroup.statistics()) is not None:
+            if (of_host := self.host_statistics()) is not None:
                 return of_host
         return await container.stats()
+
+    def host_statistics(self) -> agent_pb2.StatsContainerResponse | None:
+        """What the sandbox costs the host; None without a VM, or on a host without cgroups."""
+        return self._host.cgroup.statistics()
 
     def network_statistics(self) -> tuple[Statistics, ...]:
         """What the host counted on the pod's interfaces."""
@@ -276,28 +292,38 @@ class Sandbox:
             self._config = config
         return self._config
 
-    async def _create(self, container: Container, creation: Creation) -> None:
+    async def _create_in_time(self, container: Container | None, creation: Creation) -> None:
+        """Create within the client's limit and the configuration's; or be cancelled by `kill`."""
+        limit_s = min(creation.limit_s, self._configure(creation).agent.create_container_timeout_s)
+        with trio.move_on_after(limit_s) as scope:
+            if container is not None:
+                container.creation = scope
+            await self._create(container, creation)
+        if scope.cancelled_caught:
+            raise self._cut_short(container, creation, limit_s)
+
+    async def _create(self, container: Container | None, creation: Creation) -> None:
+        bundle = creation.bundle
         if self.ended.is_set():
             raise Unavailable(self._reason)
-        if creation.bundle.kind is ContainerKind.MEMBER:
+        if container is not None and bundle.kind is ContainerKind.MEMBER:
             await self._join(container, creation)
         elif self._host.machine is not None:
             raise FailedPrecondition(
                 f"sandbox {self._invocation.sandbox_id} has its VM already; "
-                f"container {container.id} is of kind {creation.bundle.kind.value!r}"
+                f"container {bundle.container_id} is of kind {bundle.kind.value!r}"
             )
         else:
             await self._found(container, creation)
 
-    async def _found(self, container: Container, creation: Creation) -> None:
-        """Boot the VM, and prepare the container meanwhile."""
+    async def _found(self, container: Container | None, creation: Creation) -> None:
+        """Boot the VM, and prepare the container meanwhile, if it has one of its own."""
+        bundle, config = creation.bundle, self._configure(creation)
         timeline = self.timeline = Timeline()
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._take_down_shielded)
-            self._resources = SandboxResources(
-                self._configure(creation), self.log, self._host.cgroup.limit
-            )
-            machine = await self._prepare_machine(container.bundle, self._configure(creation))
+            self._resources = SandboxResources(config, self.log, self._host.cgroup.limit)
+            machine = await self._prepare_machine(bundle, config)
             timeline.enter("preparing the container's root filesystem")
             prepared: list[Prepared] = []
 
@@ -305,15 +331,16 @@ class Sandbox:
                 # The guest's kernel takes a second to come up; until it does, this costs nothing.
                 await machine.launched.wait()
                 network.vmm_started()
-                await container.open_stdio(container.init)
-                files = self._host.files
-                prepared.append(await files.prepare(container.bundle, creation.rootfs))
-                timeline.mark("rootfs")
+                if container is not None:
+                    await container.open_stdio(container.init)
+                    prepared.append(await self._host.files.prepare(bundle, creation.rootfs))
+                    timeline.mark("rootfs")
 
-            undo.push_async_callback(self._close_stdio, container)
+            if container is not None:
+                undo.push_async_callback(self._close_stdio, container)
             timeline.mark("prepared")
             try:
-                network = await self._host.open_network(container.bundle, self._configure(creation))
+                network = await self._host.open_network(bundle, config)
                 if network.devices:
                     timeline.mark("network")
                 async with trio.open_nursery() as nursery:
@@ -322,23 +349,12 @@ class Sandbox:
                     await machine.boot(network.devices, network.namespace_fd)
                 self._resources.running(machine)
                 timeline.enter("setting up the sandbox in the guest")
-                network = await self._host.adopt_network(network, self._configure(creation))
-                await network.configure(self.agent)
-                if network.devices:
-                    timeline.mark("addresses")
-                request = sandbox_request(
-                    container.bundle,
-                    sandbox_dns(container.bundle),
-                    self._configure(creation).agent.kernel_modules,
-                    shm_bytes=sandbox_shm_bytes(container.bundle),
-                    shares=machine.shares,
-                )
-                await self.agent.create_sandbox(request)
-                timeline.mark("sandbox")
-                await self._host.run_creation_hooks(container.bundle)
-                paths = await self._host.hand_over(prepared[0])
-                timeline.enter("creating the container in the guest")
-                await self._create_in_guest(container, paths)
+                await self._host.set_up_guest(self.agent, bundle, config, timeline)
+                await self._host.run_creation_hooks(bundle)
+                if container is not None:
+                    paths = await self._host.hand_over(prepared[0])
+                    timeline.enter("creating the container in the guest")
+                    await self._create_in_guest(container, paths)
             except Exception as exc:
                 raise await self._explained(exc) from exc
             except BaseException:
@@ -348,18 +364,7 @@ class Sandbox:
             undo.pop_all()
         self._is_up.set()
         if not self.ended.is_set():
-            self._start_followers(machine, network, self._configure(creation))
-
-    def _start_followers(
-        self, machine: Machine, network: SandboxNetwork, config: RuntimeConfig
-    ) -> None:
-        """Begin what keeps the guest in step with the host from now on."""
-        if not machine.shares:
-            self.start_job(self._host.files.follow, self.agent)
-        if network.has_namespace:
-            self.start_job(network.forward, machine.dial_loopback, self._host.tell_network)
-            if config.hypervisor.hotplug_ports > 0 and machine.vm is not None:
-                self.start_job(network.follow, self.agent, machine.vm, self._host.tell_network)
+            self._host.start_followers(self.start_job, self.agent, config)
 
     async def _join(self, container: Container, creation: Creation) -> None:
         """Add a container to the VM that is there, or is about to be."""
@@ -424,11 +429,7 @@ class Sandbox:
             paths,
             terminal=container.init.plan.terminal,
             seccomp=not self._config.runtime.disable_guest_seccomp,
-            neighbours=[
-                other.bundle
-                for other in self.containers.values()
-                if other.init.state in (State.CREATED, State.RUNNING)
-            ],
+            neighbours=self.neighbours(),
         )
         self.resources.adapt(request.OCI.Linux.Resources, container.id)
         await container.create_in_guest(request)
@@ -452,8 +453,10 @@ class Sandbox:
     def _look(self) -> Scene:
         return scene_of(self._invocation.sandbox_id, self.timeline, self._host.machine)
 
-    def _cut_short(self, container: Container, creation: Creation, limit_s: float) -> ShimError:
-        if container.kill_requested is not None:
+    def _cut_short(
+        self, container: Container | None, creation: Creation, limit_s: float
+    ) -> ShimError:
+        if container is not None and container.kill_requested is not None:
             return Unavailable(
                 f"container {container.id} was killed by signal {container.kill_requested} "
                 f"while {self.timeline.phase}"
@@ -503,6 +506,10 @@ class Sandbox:
                     await process.relay.outputs_ended.wait()
         await self._unmount_disks()
         await self._take_down(f"container {container.id} ended")
+
+    async def _end(self, reason: str) -> None:
+        await self._unmount_disks()
+        await self._take_down(reason)
 
     async def _unmount_disks(self) -> None:
         """Have the guest write out what outlives the VM, which is killed next."""

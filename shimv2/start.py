@@ -38,11 +38,11 @@ def run(flags: Flags) -> NoReturn:
     if invocation.kind == bootstrap.CONTAINER:
         # The sandbox's shim serves this one too; if it died, containerd finds out by connecting.
         write_file(invocation.bundle_path, "address", invocation.address)
-        finish(invocation.address)
+        finish(invocation.answer)
     listener = listen(invocation.socket_path)
     if listener is None:
         write_file(invocation.bundle_path, "address", invocation.address)
-        finish(invocation.address)
+        finish(invocation.answer)
     try:
         _leave_daemon(invocation, listener)
     except BaseException:
@@ -63,13 +63,13 @@ def _leave_daemon(invocation: ShimInvocation, listener: _socket.socket) -> None:
         posix.close(opener)
         become_daemon(invocation, listener.detach(), gate)
     write_file(invocation.bundle_path, "shim.pid", str(child))
-    write_all(1, invocation.address.encode())
+    write_all(1, invocation.answer.encode())
     posix.write(opener, b"1")
 
 
-def finish(address: str) -> NoReturn:
-    """Print the address of a shim that runs already, and exit."""
-    write_all(1, address.encode())
+def finish(answer: str) -> NoReturn:
+    """Print where a shim that runs already is, and exit."""
+    write_all(1, answer.encode())
     posix._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""containerd's Task service, version 2: one method a request, each decode -> ask -> encode.
+"""containerd's Task service, versions 2 and 3: one method a request, decode -> ask -> encode.
 
 No policy lives here: the sandbox and its containers decide, `errors` says how a refusal is told.
 State, Connect and Pids are answered from memory, inline, so that they answer at once while a VM
@@ -27,7 +27,7 @@ from shimv2.lifecycle import State
 from shimv2.pb import containerd_events_pb2 as events_pb
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
-from shimv2.pb import runtime_options_pb2
+from shimv2.runtime_options import config_path
 from shimv2.sandbox import Creation, Sandbox
 from shimv2.sandbox_cgroup import host_hierarchies
 from shimv2.state_dir import REPORTS_ROOT
@@ -36,7 +36,6 @@ from shimv2.task_events import Publisher, TaskEvents, set_timestamp
 from ttrpc import StatusError
 
 if TYPE_CHECKING:
-    from google.protobuf.any_pb2 import Any
     from google.protobuf.message import Message
 
     from shimv2.boot import Machinery
@@ -44,13 +43,19 @@ if TYPE_CHECKING:
     from shimv2.config import RuntimeConfig
     from shimv2.container import Container, Log
     from shimv2.process import ContainerProcess
+    from shimv2.sandbox_service import SandboxService
     from shimv2.state_dir import StateDir
     from ttrpc import CallContext, Handler
 
     Request = TypeVar("Request", bound=Message)
 
 SERVICE: Final = "containerd.task.v2.Task"
-OPTIONS_TYPE: Final = "runtimeoptions.v1.Options"
+SERVICE_3: Final = "containerd.task.v3.Task"  # the same messages under another name
+SANDBOX_SERVICE: Final = "containerd.runtime.sandbox.v1.Sandbox"
+SANDBOX_METHODS: Final = (
+    "CreateSandbox", "StartSandbox", "WaitSandbox", "StopSandbox", "ShutdownSandbox", "Platform",
+    "PingSandbox", "SandboxStatus", "SandboxMetrics",
+)  # fmt: skip
 PROCESS_TYPE: Final = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 RESOURCES_TYPE: Final = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 _EMPTY: Final = b""
@@ -86,6 +91,7 @@ class TaskService:
         self.exit_requested = trio.Event()
         self._invocation = invocation
         self._log = log
+        self._pods: SandboxService | None = None  # from the first call of the Sandbox API on
         self._events = TaskEvents(publisher)
         self._sandbox = Sandbox(
             invocation,
@@ -116,7 +122,10 @@ class TaskService:
         }
         methods: dict[str, Handler] = {name: _inline(call) for name, call in inline.items()}
         methods.update({name: self._answering(name, call) for name, call in waiting.items()})
-        return {SERVICE: methods}
+        pods = {
+            name: self._answering(name, partial(self._of_pod, name)) for name in SANDBOX_METHODS
+        }
+        return {SERVICE: methods, SERVICE_3: methods, SANDBOX_SERVICE: pods}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold the sandbox until cancelled, then give back everything it has."""
@@ -134,13 +143,14 @@ class TaskService:
         process = container.process(request.exec_id)
         return _state_response(container, process, self._pid(container)).SerializeToString()
 
-    def connect(self, _context: CallContext, payload: bytes) -> bytes:
+    def connect(self, context: CallContext, payload: bytes) -> bytes:
         """Answers for unknown ids as well: containerd asks before it knows what a shim has."""
         request = pb.ConnectRequest.FromString(payload)
         container = self._sandbox.containers.get(request.id)
         pid = self._pid(container) if container is not None else 0
+        version = "v3" if context.service == SERVICE_3 else "v2"
         return pb.ConnectResponse(
-            shim_pid=os.getpid(), task_pid=pid, version="v2"
+            shim_pid=os.getpid(), task_pid=pid, version=version
         ).SerializeToString()
 
     def pids(self, _context: CallContext, payload: bytes) -> bytes:
@@ -160,13 +170,14 @@ class TaskService:
             raise Unimplemented("a container cannot be restored from a checkpoint into a VM")
         if "\0" in request.bundle or not request.bundle.startswith("/"):
             raise InvalidArgument(f"bundle {request.bundle!r} is not an absolute path")
+        bundle = read_bundle(Path(request.bundle), request.id)
         creation = Creation(
-            bundle=read_bundle(Path(request.bundle), request.id),
+            bundle=self._pods.adapt(bundle) if self._pods is not None else bundle,
             stdio=parse_stdio(
                 request.stdin, request.stdout, request.stderr, terminal=request.terminal
             ),
             rootfs=list(request.rootfs),
-            config_path=_config_path(request.options),
+            config_path=config_path(request.options),
             limit_s=_limit_s(context),
         )
         try:
@@ -280,18 +291,32 @@ class TaskService:
     async def shutdown(self, _context: CallContext, _payload: bytes) -> bytes:
         """containerd says this after every Delete; it counts once nothing is left."""
         await self._sandbox.settled()
-        if not self._sandbox.containers:
+        if self._is_idle():
             self.exit_requested.set()
         return _EMPTY
 
     async def _exit_if_forgotten(self) -> None:
         """End the shim whose only Create was abandoned, unless somebody comes back to it."""
         await trio.sleep(FORGOTTEN_S)
-        if not self._sandbox.containers:
+        if self._is_idle():
             self._log.warning("nobody came back after an abandoned Create")
             self.exit_requested.set()
 
+    # --- A pod without a container of its own ---
+
+    async def _of_pod(self, method: str, context: CallContext, payload: bytes) -> bytes:
+        if self._pods is None:
+            from shimv2.sandbox_service import SandboxService
+
+            self._pods = SandboxService(self._sandbox, self._invocation, self.exit_requested)
+        return await self._pods.call(method, payload, _limit_s(context))
+
     # --- What all methods share ---
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is left that the shim is there for."""
+        has_pod = self._pods is not None and self._pods.has_pod
+        return not self._sandbox.containers and not has_pod
 
     def _pid(self, container: Container) -> int:
         return container.pid or self._sandbox.reported_pid
@@ -343,16 +368,6 @@ def _state_response(container: Container, process: ContainerProcess, pid: int) -
         response.exit_status = process.exit.status
         set_timestamp(response.exited_at, process.exit.at_ns)
     return response
-
-
-def _config_path(options: Any) -> str | None:
-    """The configuration file that the runtime options name; options of other kinds mean nothing."""
-    if options.type_url.rpartition("/")[2] != OPTIONS_TYPE:
-        return None
-    try:
-        return runtime_options_pb2.Options.FromString(options.value).config_path or None
-    except Exception as exc:
-        raise InvalidArgument(f"the runtime options are no {OPTIONS_TYPE}") from exc
 
 
 def _limit_s(context: CallContext) -> float:

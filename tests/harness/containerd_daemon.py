@@ -55,6 +55,14 @@ state = "{state}"
     privileged_without_host_devices = true
 """
 
+# What only containerd 2.x has: pods without a pause container. It can't have options besides.
+_SANDBOX_API = """\
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.kata-sandbox]
+    runtime_type = "io.containerd.kata.v2"
+    sandboxer = "shim"
+    privileged_without_host_devices = true
+"""
+
 
 # A snapshotter of 2.x whose snapshots are ext4 in files, which begin as copies of an empty one.
 # Source: containerd docs/snapshotters/blockfile.md.
@@ -148,6 +156,7 @@ class ContainerdDaemon:
         config += pod_network.handlers()
         if self.version.major > 1:
             config += self._blockfile()
+            config += _SANDBOX_API
         self._node.write("/etc/containerd/config.toml", config)
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, self.log_path.open("ab") as log:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 DEADLINE_S = 5.0
 _POLL_S = 0.05
 _TASKS = "io.containerd.runtime.v2.task"
-_FILE_ROOTS = ("/run", "/tmp", "/dev/shm", "/var/lib/cni", f"{ROOT}/{_TASKS}")
+_SANDBOXES = "io.containerd.sandbox.controller.v1.shim"
+_FILE_ROOTS = (
+    "/run", "/tmp", "/dev/shm", "/var/lib/cni", f"{ROOT}/{_TASKS}", f"{ROOT}/{_SANDBOXES}",
+)  # fmt: skip
 # Failure reports outlive their sandbox on purpose (at most 32).
 _SKIPPED = (ROOT, "/run/.node", "/run/kata-reports")
 #: Parents that stay once made; what lies in them doesn't.
@@ -48,6 +51,8 @@ _KEPT_DIRECTORIES = {
     f"{ROOT}/{_TASKS}/moby",
     f"{ROOT}/{_TASKS}/k8s.io",
     *(f"{ADDRESSES}/{network}" for network in NETWORKS),
+    f"{STATE}/{_SANDBOXES}/k8s.io",
+    f"{ROOT}/{_SANDBOXES}/k8s.io",
     ADDRESSES,
     "/var/lib/cni/results",
 }

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from tests.harness.crictl import Crictl
 
 
-_SERVE = "echo content > /tmp/index.html; exec httpd -f -h /tmp"
-_GET = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
+SERVE = "echo content > /tmp/index.html; exec httpd -f -h /tmp"
+GET = "import sys, urllib.request as r; sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())"
 
 
 def fetched(crictl: Crictl, container: str, url: str) -> str:
@@ -26,7 +26,7 @@ def fetched(crictl: Crictl, container: str, url: str) -> str:
 def test_pod_of_two_containers_runs_execs_and_logs(crictl: Crictl) -> None:
     pod = crictl.run_pod(hostname="pod-of-two")
     assert crictl.pod_status(pod)["state"] == "SANDBOX_READY"
-    web = crictl.run(pod, "sh", "-c", _SERVE)
+    web = crictl.run(pod, "sh", "-c", SERVE)
     job = crictl.run(pod, "sh", "-c", "hostname; echo to stderr >&2; exit 3")
     assert crictl.wait_exited(job) == 3
     assert crictl.logs(job).splitlines() == ["pod-of-two", "to stderr"]
@@ -43,7 +43,7 @@ def test_pod_of_two_containers_runs_execs_and_logs(crictl: Crictl) -> None:
 @pytest.mark.smoke
 def test_two_pods_reach_each_other_by_ipv4_and_ipv6(crictl: Crictl) -> None:
     first, second = crictl.run_pod(), crictl.run_pod()
-    crictl.run(first, "sh", "-c", _SERVE)
+    crictl.run(first, "sh", "-c", SERVE)
     client = crictl.run(second, "sleep", "1000")
     ipv4, ipv6 = crictl.addresses(first)
     for address in (ipv4, f"[{ipv6}]"):
@@ -52,7 +52,7 @@ def test_two_pods_reach_each_other_by_ipv4_and_ipv6(crictl: Crictl) -> None:
 
 def test_ports_are_forwarded_to_what_listens_on_the_pods_loopback(crictl: Crictl) -> None:
     pod = crictl.run_pod()
-    server = crictl.run(pod, "sh", "-c", f"{_SERVE} -p 127.0.0.1:8080")
+    server = crictl.run(pod, "sh", "-c", f"{SERVE} -p 127.0.0.1:8080")
     assert fetched(crictl, server, "http://127.0.0.1:8080/") == "content\n"
     forward = crictl.node.popen(
         crictl.argv("port-forward", pod, "18080:8080", "18081:81"), stdout=subprocess.PIPE
@@ -61,7 +61,7 @@ def test_ports_are_forwarded_to_what_listens_on_the_pods_loopback(crictl: Crictl
     for port in ("18080", "18081"):  # one line for each, twice if ::1 is there, too
         while f"127.0.0.1:{port}".encode() not in forward.stdout.readline():
             assert forward.poll() is None
-    get = [sys.executable, "-I", "-S", "-c", _GET]
+    get = [sys.executable, "-I", "-S", "-c", GET]
     for _ in range(3):
         assert crictl.node.run([*get, "http://127.0.0.1:18080/"]).stdout == "content\n"
     assert crictl.node.run([*get, "http://127.0.0.1:18081/"], check=False).returncode != 0

@@ -149,17 +149,18 @@ class ShimBench:
         self.agent = FakeAgent(Path(self.state_dir.path) / "vsock.sock")
         self.agent_reports = True
         self.hierarchies: tuple[Hierarchy, ...] = ()
-        invocation = ShimInvocation(
+        self.invocation = ShimInvocation(
             namespace="default", id="c1", containerd_address="/c.sock", bundle_path=str(root)
         )
+        self.config_paths: list[str | None] = []
         self.service = TaskService(
-            invocation,
+            self.invocation,
             self.state_dir,
             self.publisher,
             self.log,
             Parts(
                 machinery=lambda config: self.hypervisor.machinery(),
-                load_config=lambda path, annotations: self.config,
+                load_config=self._load_config,
                 mounts=self.mounts,
                 reports_root=str(root / "reports"),
                 hierarchies=lambda: self.hierarchies,
@@ -167,6 +168,10 @@ class ShimBench:
         )
         self._nursery: trio.Nursery | None = None
         self._client: Client | None = None
+
+    def _load_config(self, path: str | None, annotations: dict[str, str]) -> RuntimeConfig:
+        self.config_paths.append(path)
+        return self.config
 
     @property
     def machine(self) -> FakeMachine:
@@ -213,11 +218,17 @@ class ShimBench:
         return client
 
     async def call(
-        self, method: str, request: Message, reply: Any = None, *, timeout_s: float | None = None
+        self,
+        method: str,
+        request: Message,
+        reply: Any = None,
+        *,
+        timeout_s: float | None = None,
+        service: str = SERVICE,
     ) -> Any:
         assert self._client is not None
         payload = await self._client.call(
-            SERVICE, method, request.SerializeToString(), timeout_s=timeout_s
+            service, method, request.SerializeToString(), timeout_s=timeout_s
         )
         return reply.FromString(payload) if reply is not None else None
 

@@ -89,6 +89,58 @@ def test_bootstrap_params_are_told_from_an_any_of_options():
     assert found.ttrpc_address == "/old"
 
 
+def test_runtime_options_are_found_in_every_form_of_standard_input():
+    options = Options(config_path="/etc/kata-containers/other.toml")
+    given = Any(type_url="runtimeoptions.v1.Options", value=options.SerializeToString())
+    assert invocation(stdin=given.SerializeToString()).options == given.SerializeToString()
+    params = BootstrapParams(instance_id="a1", namespace="k8s.io")
+    assert invocation(stdin=params.SerializeToString()).options == b""
+    params.extensions.add().value.CopyFrom(given)
+    assert invocation(stdin=params.SerializeToString()).options == given.SerializeToString()
+
+
+RECORDED_2_3 = bytes.fromhex(
+    "0a026131"  # 1: instance_id "a1"
+    "12066b38732e696f"  # 2: namespace "k8s.io"
+    "18fcffffffffffffffff01"  # 3: log_level DEBUG, which is -4
+    "220676322e332e34"  # 4: containerd_version "v2.3.4"
+    "2a082f632e7474727063"  # 5: containerd_ttrpc_address "/c.ttrpc"
+    "32022f63"  # 6: containerd_grpc_address "/c"
+    "42160a140a0c782e76312e4f7074696f6e73"  # 8: an extension, an Any of "x.v1.Options"
+    "120412022f66"  # and its value
+    "4a062f72756e2f73"  # 9: socket_dir "/run/s"
+)
+
+
+def test_bootstrap_of_containerd_2_3_is_read_byte_by_byte():
+    found = invocation(stdin=RECORDED_2_3)
+    assert (found.containerd_version, found.ttrpc_address) == ("v2.3.4", "/c.ttrpc")
+    assert found.debug
+    assert found.options == bytes.fromhex("0a0c782e76312e4f7074696f6e73120412022f66")
+    assert found.answer == (
+        f'{{"version":3,"address":"unix://{found.socket_path}","protocol":"ttrpc"}}'
+    )
+    assert found.socket_path.startswith("/run/s/")
+
+
+def test_the_same_bytes_are_options_for_another_container():
+    # They decode as an Any, too: type_url "a1". What tells is that they don't repeat the id.
+    flags = bootstrap.parse_flags(["-namespace", "k8s.io", "-id", "a2"])
+    found = bootstrap.read_invocation(flags, {}, stdin=RECORDED_2_3)
+    assert (found.containerd_version, found.answer) == ("", found.address)
+    assert found.options == RECORDED_2_3
+
+
+@pytest.mark.parametrize(
+    ("version", "offers"),
+    [("2.3.0", True), ("v2.3.4+unknown", True), ("2.4.0-beta.0", True), ("3.0", True),
+     ("2.3-rc.1", True), ("2.2.9", False), ("1.7.34", False), ("", False), ("v", False),
+     ("2", False), ("2.x", False), ("2.99999", False), ("²·3", False)],
+)  # fmt: skip
+def test_version_3_is_answered_only_where_it_is_surely_understood(version, offers):
+    assert bootstrap.offers_version_3(version) is offers
+
+
 @given(st.binary(max_size=200))
 def test_no_standard_input_brings_start_down(data):
     assert invocation(stdin=data).id == "a1"

@@ -119,11 +119,15 @@ def connect(address: str) -> socket.socket:
     return connection
 
 
-def call(connection: socket.socket, method: str, request, stream: int = 1) -> Response:
+def call(
+    connection: socket.socket,
+    method: str,
+    request,
+    stream: int = 1,
+    service: str = "containerd.task.v2.Task",
+) -> Response:
     payload = request.SerializeToString()
-    data = Request(
-        service="containerd.task.v2.Task", method=method, payload=payload
-    ).SerializeToString()
+    data = Request(service=service, method=method, payload=payload).SerializeToString()
     connection.sendall(struct.pack(">IIBB", len(data), stream, 1, 0) + data)
     length = struct.unpack(">I", _exactly(connection, 10)[:4])[0]
     return Response.FromString(_exactly(connection, length))
