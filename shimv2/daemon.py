@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
         exit_requested: trio.Event
 
+        @property
+        def farewell_s(self) -> float: ...
         def services(self) -> Mapping[str, Mapping[str, Handler]]: ...
         async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> None: ...
         async def stop(self) -> None: ...
@@ -131,7 +133,8 @@ async def serve(listener: socket.socket, invocation: ShimInvocation, log: Log) -
             log.warning("some events were not sent")
         cleanup.unlink_own_socket(invocation)
         # The answer to Shutdown itself is still on its way.
-        await server.shutdown(grace_s=SERVER_DEADLINE_S)
+        grace_s = SERVER_DEADLINE_S + service.farewell_s
+        await server.shutdown(grace_s=grace_s, farewell_s=service.farewell_s)
         log.info("shim exits")
         nursery.cancel_scope.cancel()
 

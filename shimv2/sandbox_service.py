@@ -269,10 +269,8 @@ class SandboxService:
         return response.SerializeToString()
 
     def _info(self, pid: int) -> dict[str, object]:
-        info: dict[str, object] = {"pid": pid, "processStatus": self._state.value}
-        if self._exit is not None:
-            info |= {"exitStatus": self._exit.status, "reason": self._exit.reason}
-        return info
+        # Names of containerd's own SandboxInfo: newer ones pass nothing else on.
+        return {"pid": pid, "processStatus": f"{self._state.value}{self._because()}"}
 
     def _because(self) -> str:
         return f": {self._exit.reason}" if self._exit is not None and self._exit.reason else ""

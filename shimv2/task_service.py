@@ -77,6 +77,9 @@ FORGOTTEN_S: Final = 2.0
 """Longer than a restart of containerd needs to find the shim, shorter than anybody's patience."""
 
 
+FAREWELL_S: Final = 2.0
+
+
 class TaskService:
     """Serves one shim's tasks. `run` holds everything that outlives a request."""
 
@@ -100,6 +103,14 @@ class TaskService:
             log,
             parts if parts is not None else real_parts(invocation.variant),
         )
+
+    @property
+    def farewell_s(self) -> float:
+        """How long clients may take to hang up when the shim exits.
+
+        containerd takes a Task's Shutdown for done when the connection ends, a sandbox's not.
+        """
+        return FAREWELL_S if self._pods is not None else 0
 
     def services(self) -> Mapping[str, Mapping[str, Handler]]:
         """The methods by name, as the ttrpc server takes them."""

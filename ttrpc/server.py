@@ -108,11 +108,12 @@ class Server:
         finally:
             self._sessions.discard(session)
 
-    async def shutdown(self, *, grace_s: float = SHUTDOWN_GRACE_S) -> None:
+    async def shutdown(self, *, grace_s: float = SHUTDOWN_GRACE_S, farewell_s: float = 0) -> None:
         """Stop accepting, let active calls finish and their answers be sent, end connections.
 
         Calls that begin meanwhile are answered UNAVAILABLE. After `grace_s` seconds what is left is
-        cancelled, and its clients see the connection end.
+        cancelled, and its clients see the connection end. `farewell_s`, of these seconds, is for
+        clients to hang up first: Go's may take an answer with the end right behind it for lost.
         """
         self.is_closing = True
         for scope in self._accepting:
@@ -120,7 +121,7 @@ class Server:
         with trio.move_on_after(grace_s):
             async with trio.open_nursery() as nursery:
                 for session in self._sessions:
-                    nursery.start_soon(session.finish)
+                    nursery.start_soon(session.finish, farewell_s)
         for session in self._sessions:
             session.cancel()
 

@@ -85,6 +85,7 @@ class Session:
         self._idle = trio.Event()
         self._idle.set()
         self._nursery: trio.Nursery | None = None
+        self._ended = trio.Event()
 
     async def run(self) -> None:
         """Serve until the connection ends. Handlers that still run then are cancelled."""
@@ -96,12 +97,18 @@ class Session:
                 nursery.cancel_scope.cancel()
         finally:
             self._transport.close()
+            self._ended.set()
 
-    async def finish(self) -> None:
-        """Wait until no call is active and every answer is sent; then end the connection."""
+    async def finish(self, farewell_s: float = 0) -> None:
+        """Wait until no call is active and every answer is sent; then end the connection.
+
+        The peer has `farewell_s` to end it first.
+        """
         while self._in_flight:
             await self._idle.wait()
         await self._transport.flush()
+        with trio.move_on_after(farewell_s):
+            await self._ended.wait()
         self.cancel()
 
     def cancel(self) -> None:

@@ -375,6 +375,28 @@ async def test_shutdown_cancels_what_does_not_finish_in_time(listener, autojump_
     assert gate.cancelled == 1
 
 
+async def hang_up_after(peer: RawPeer, seconds: float) -> None:
+    await trio.sleep(seconds)
+    peer.close()
+
+
+async def test_shutdown_leaves_clients_time_to_hang_up_after_their_answers(
+    listener, autojump_clock
+):
+    server = Server({"test": {"Echo": echo}})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.serve, listener)
+        leaving, staying = dial(listener), dial(listener)
+        for peer in (leaving, staying):
+            await peer.send(request(1, "Echo"))
+            assert (await peer.response()).status.code == Code.OK
+        begin = trio.current_time()
+        nursery.start_soon(hang_up_after, leaving, 1)
+        await server.shutdown(grace_s=9, farewell_s=3)
+        assert trio.current_time() - begin == pytest.approx(3)
+        staying.close()
+
+
 async def test_peer_of_another_user_is_turned_away(listener):
     server = Server(BASIC, authorize=lambda peer: peer is not None and peer.uid == 12345)
     async with trio.open_nursery() as nursery:
