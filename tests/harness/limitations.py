@@ -21,6 +21,7 @@ _NO_REFUSAL: Final = re.compile(r"(?:ctr|kubectl|nerdctl|umount) .*|\w+ = \S+")
 OTHERS: Final = frozenset(
     {
         "Operation not supported",
+        'failed to get runtime v2 options: can\'t unmarshal type "runtimeoptions.v1.Options" …',
         "target is busy",
         "destination parent does not exist",
         "source does not exist",

@@ -18,6 +18,7 @@ from shimv2.pb.runtime_options_pb2 import Options
 from shimv2.task_service import SANDBOX_METHODS, SANDBOX_SERVICE, SERVICE_3
 from tests.fakes.fake_hypervisor import FAKE_PID
 from tests.fakes.fake_process import SLEEP, Program
+from tests.harness.limitations import documented
 from tests.shimv2.shim_bench import ShimBench, pod_annotations, refusal, spec
 from ttrpc import Code
 from ttrpc.pb.well_known_pb2 import Any as AnyMessage
@@ -125,7 +126,8 @@ async def test_methods_out_of_order_are_refused_by_what_they_need(tmp_path: Path
         for _ in range(2):
             await ask(shim, "StopSandbox")
         again = await refusal(ask(shim, "StartSandbox"))
-        assert "is stopped" in str(again)
+        only_once = documented("sandbox … is stopped: only one that is created can be started")
+        assert only_once.search(str(again))
         for _ in range(2):
             await ask(shim, "ShutdownSandbox")
 
@@ -232,7 +234,11 @@ async def test_shared_process_namespace_is_refused(tmp_path: Path) -> None:
         linux = {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}, {"type": "mount"}]}
         error = await refusal(shim.create("m1", member(linux=linux)))
         assert error.code == Code.UNIMPLEMENTED
-        assert "shareProcessNamespace: false" in str(error)
+        assert documented(
+            "… a process namespace that all containers share is that of the pod's pause container, "
+            'and sandboxer = "shim" makes none; let the container have its own (Kubernetes: '
+            'shareProcessNamespace: false), or use sandboxer = "podsandbox"'
+        ).search(str(error))
         await ask(shim, "ShutdownSandbox")
 
 
@@ -246,7 +252,8 @@ async def test_platform_is_told_in_gos_words(tmp_path: Path) -> None:
 async def test_metrics_without_cgroups_are_refused_by_that(tmp_path: Path) -> None:
     async with ShimBench(tmp_path).running() as shim:
         await run_pod(shim)
-        assert "the host has no cgroups" in str(await refusal(ask(shim, "SandboxMetrics")))
+        refused = str(await refusal(ask(shim, "SandboxMetrics")))
+        assert documented("… the host has no cgroups: nothing counts what it uses").search(refused)
         await ask(shim, "ShutdownSandbox")
 
 
