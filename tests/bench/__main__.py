@@ -35,7 +35,7 @@ GROUPS: dict[str, Callable[[Node], Iterator[Figure]]] = {
     "growth": running.measure_growth,
     "volumes": volumes.measure,
     "pods": pods.measure_ready,
-    "network": pods.measure_network_memory,
+    "network": pods.measure_network,
     "between": pods.measure_pod_to_pod,
     "cycles": pods.measure_cycles,
 }
