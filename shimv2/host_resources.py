@@ -189,14 +189,11 @@ class HostResources:
         """Make the booted guest this sandbox's.
 
         Raises:
-            AgentError: the agent refused something.
+            ExceptionGroup: of AgentError, when the agent refused something.
         """
         assert self.machine is not None
         assert self.network is not None
         network = await self.adopt_network(self.network, config)
-        await network.configure(agent)
-        if network.devices:
-            timeline.mark("addresses")
         request = sandbox_request(
             bundle,
             sandbox_dns(bundle),
@@ -204,7 +201,10 @@ class HostResources:
             shm_bytes=sandbox_shm_bytes(bundle),
             shares=self.machine.shares,
         )
-        await agent.create_sandbox(request)
+        async with trio.open_nursery() as nursery:
+            # Neither needs the other, and a round trip to a guest that has just started is slow.
+            nursery.start_soon(network.configure, agent)
+            await agent.create_sandbox(request)
         timeline.mark("sandbox")
 
     def start_followers(

@@ -55,7 +55,7 @@ def taps() -> int:
     return links.count("/dev/net/tun")
 
 
-async def test_vmm_gets_the_tap_and_the_guest_the_addresses_before_its_sandbox(
+async def test_vmm_gets_the_tap_and_the_guest_the_addresses_before_its_containers(
     tmp_path: Path, pod: Holder
 ) -> None:
     async with ShimBench(tmp_path).running() as shim:
@@ -68,7 +68,7 @@ async def test_vmm_gets_the_tap_and_the_guest_the_addresses_before_its_sandbox(
         assert told.interface.name == "eth0"
         assert {address.address for address in told.interface.IPAddresses} >= {"10.9.0.2"}
         order = [method for method, _ in shim.agent.requests]
-        assert order.index("UpdateRoutes") < order.index("CreateSandbox")
+        assert order.index("UpdateRoutes") < order.index("CreateContainer")
         held = [entry.kind for entry in read(shim.state_dir.journal)[1]]
         assert held.count("network") == 1
         assert "mirred" in pod.run("tc filter show dev eth0 ingress")
