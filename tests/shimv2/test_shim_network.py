@@ -104,7 +104,7 @@ async def test_agent_that_refuses_an_address_fails_the_creation(
     async with ShimBench(tmp_path).running() as shim:
         shim.agent.fail("UpdateInterface", Code.INVALID_ARGUMENT, "no such device")
         assert "no such device" in str(await refusal(shim.create(config=spec_in(pod))))
-        assert shim.agent.called("CreateSandbox") == []
+        assert shim.agent.called("CreateContainer") == []
 
 
 async def test_namespace_that_is_gone_is_refused_with_its_path(tmp_path: Path) -> None:
