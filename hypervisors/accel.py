@@ -33,6 +33,27 @@ def kvm_problem(device: Path = KVM_DEVICE, cpuinfo: Path = CPUINFO) -> str | Non
     return f"{device} opens, but the CPU shows neither vmx nor svm"
 
 
+def tsc_khz(cpuinfo: Path = CPUINFO) -> int | None:
+    """Say how fast this host's time stamp counter runs, or None where nothing tells it surely.
+
+    An emulated CPU has the host's counter. "cpu MHz" is the counter's frequency where a hypervisor
+    has told it to the host's kernel and nothing measures the CPU's changing one (aperfmperf).
+    """
+    with open(cpuinfo, "rb") as stream:
+        head = stream.read(CPUINFO_HEAD_BYTES)
+    rows: dict[bytes, bytes] = {}
+    for line in head.splitlines():
+        name, _, value = line.partition(b":")
+        rows.setdefault(name.strip(), value.strip())
+    flags = set(rows.get(b"flags", b"").split())
+    if not {b"hypervisor", b"constant_tsc", b"tsc_known_freq"} <= flags or b"aperfmperf" in flags:
+        return None
+    try:
+        return round(float(rows[b"cpu MHz"]) * 1000)
+    except (KeyError, ValueError):
+        return None
+
+
 def choose_accelerator(wanted: str) -> Literal["kvm", "tcg"]:
     """Resolve "auto", "kvm" or "tcg" to what will be used.
 

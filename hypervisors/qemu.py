@@ -103,6 +103,7 @@ class Qemu:
                 theirs.callback(console_peer.close)
                 host = qemu_argv.HostSide(
                     accelerator=accelerator,
+                    tsc_khz=accel.tsc_khz() if accelerator == "tcg" else None,
                     qmp_fd=qmp_peer.fileno(),
                     console_fd=console_peer.fileno(),
                     kernel_fd=_open(spec.kernel, theirs),

@@ -106,6 +106,8 @@ def test_golden_command_line():
 
 
 def test_emulation_only_parameters_never_reach_a_kvm_guest():
+    assert " tsc_early_khz=2300000" in kernel_cmdline(SPEC, "tcg", 2300000)
+    assert "tsc_early_khz" not in kernel_cmdline(SPEC, "kvm", 2300000)
     tcg, kvm = kernel_cmdline(SPEC, "tcg"), kernel_cmdline(SPEC, "kvm")
     for parameter in ("nokaslr", "mitigations=off"):
         assert parameter in tcg.split()
