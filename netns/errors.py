@@ -5,7 +5,7 @@ NetnsError
 ├── HostNamespace    the path is the host's own network, which is never touched
 ├── UnsupportedLink  a link of the pod can't be wired to a virtual machine: `link`, `reason`
 ├── KernelRefused    an operation failed: `operation`, `errno`
-└── HelperLost       the child that works inside of the namespace died or hung
+└── HelperLost       the child that works inside of the namespace died, hung, or there is none
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class KernelRefused(NetnsError):
 
 
 class HelperLost(NetnsError):
-    """The child process for `operation` ended or hung without an answer."""
+    """The child process for `operation` gave no answer: there was none, it ended or it hung."""
 
     def __init__(self, operation: str, reason: str) -> None:
         super().__init__(operation, reason)

@@ -20,11 +20,12 @@ from typing import Final, NoReturn
 import trio
 
 from netns.errors import HelperLost, KernelRefused
-from netns.inside import join_network, leave_parent, unshare_network
+from netns.inside import fork_helper, join_network, leave_parent, unshare_network
 from netns.namespace import Namespace
 
 START_S: Final = 5.0
 _EXIT_S: Final = 1.0
+_NAME: Final = "hold a network namespace"
 _GO: Final = b"go"
 _CODE: Final = struct.Struct("=i")
 
@@ -52,19 +53,14 @@ class Holder:
         Raises:
             HostNamespace, NamespaceGone: `namespace` is not a pod's.
             KernelRefused: the kernel makes no namespace, or enters none.
-            HelperLost: the process died.
+            HelperLost: there is no process to be had, or it died.
         """
         if namespace is not None:
             Namespace.open(namespace).close()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            pid = os.fork()
-            if pid == 0:
-                _hold(theirs, namespace)
-        holder = cls(pid, os.pidfd_open(pid), ours)
+        holder = cls(*fork_helper(_NAME, lambda theirs: _hold(theirs, namespace)))
         try:
-            record(pid)
-            ours.send(_GO)
+            record(holder.pid)
+            holder._sock.send(_GO)
             await holder._wait_ready()
         except BaseException:
             with trio.CancelScope(shield=True):  # bounded by _EXIT_S
@@ -86,17 +82,16 @@ class Holder:
             _collect(pidfd)
 
     async def _wait_ready(self) -> None:
-        name = "hold a new network namespace"
         with trio.move_on_after(START_S):
             await trio.lowlevel.wait_readable(self._sock)
             answer = self._sock.recv(_CODE.size)
             if len(answer) != _CODE.size:
-                raise HelperLost(name, "died")
+                raise HelperLost(_NAME, "died")
             (code,) = _CODE.unpack(answer)
             if code:
                 raise KernelRefused("enter a network namespace", code)
             return
-        raise HelperLost(name, f"had no answer within {START_S:g} s")
+        raise HelperLost(_NAME, f"had no answer within {START_S:g} s")
 
 
 def _collect(pidfd: int) -> None:

@@ -80,9 +80,9 @@ async def run_inside(
     Raises:
         NamespaceGone: `namespace` can't be opened or isn't a network namespace.
         KernelRefused: `work` raised WorkFailed or OSError.
-        HelperLost: the child was killed, or had no answer within `timeout_s`.
+        HelperLost: no child was to be had, it was killed, or had no answer within `timeout_s`.
     """
-    with _child(namespace, work) as (ours, pidfd):
+    with _child(namespace, name, work) as (ours, pidfd):
         receiver = _Receiver(ours, name)
         try:
             with trio.move_on_after(timeout_s):
@@ -107,7 +107,7 @@ def run_inside_blocking(
     namespace: Path | int, name: str, work: Work, *, timeout_s: float = WORK_S
 ) -> Outcome:
     """Do as `run_inside`, for a caller without an event loop."""
-    with _child(namespace, work) as (ours, pidfd):
+    with _child(namespace, name, work) as (ours, pidfd):
         receiver = _Receiver(ours, name)
         try:
             while not receiver.is_complete:
@@ -124,20 +124,17 @@ def run_inside_blocking(
 
 
 @contextmanager
-def _child(namespace: Path | int, work: Work) -> Iterator[tuple[socket.socket, int]]:
+def _child(namespace: Path | int, name: str, work: Work) -> Iterator[tuple[socket.socket, int]]:
     """Fork; give the socket its answer comes on and its pidfd; collect it, dead or not."""
     try:
         namespace_fd = _opened(namespace)
     except OSError as error:
         raise NamespaceGone(str(namespace), error.errno or 0) from error
     try:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _, pidfd, ours = fork_helper(
+            name, lambda theirs: _work_and_exit(namespace_fd, theirs, work)
+        )
         with ours:
-            with theirs:
-                pid = os.fork()
-                if pid == 0:
-                    _work_and_exit(namespace_fd, theirs, work)
-            pidfd = os.pidfd_open(pid)
             try:
                 yield ours, pidfd
             finally:
@@ -145,6 +142,48 @@ def _child(namespace: Path | int, work: Work) -> Iterator[tuple[socket.socket, i
                 os.close(pidfd)
     finally:
         os.close(namespace_fd)
+
+
+def fork_helper(
+    name: str, child: Callable[[socket.socket], NoReturn]
+) -> tuple[int, int, socket.socket]:
+    """Fork into `child`, which gets its end of a socket; return pid, pidfd and the other end.
+
+    The shim counts against the limit of processes of the pod's cgroup: that there is no process to
+    be had is the pod's trouble, and no defect.
+
+    Raises:
+        HelperLost: the kernel gave no process, socket or descriptor. Nothing is left then.
+    """
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise _not_started(name, error) from error
+    try:
+        with theirs:
+            pid = _forked(name)
+            if pid == 0:
+                child(theirs)
+        return pid, _pidfd_of(name, pid), ours
+    except BaseException:
+        ours.close()
+        raise
+
+
+def _forked(name: str) -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise _not_started(name, error) from error
+
+
+def _pidfd_of(name: str, pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)  # it has hardly begun: nothing in the kernel holds it yet
+        raise _not_started(name, error) from error
 
 
 def _opened(namespace: Path | int) -> int:
@@ -226,6 +265,10 @@ def _setns(fd: int) -> None:
     # os.setns exists from Python 3.12 on.
     if _libc().setns(fd, _CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "setns")
+
+
+def _not_started(name: str, error: OSError) -> HelperLost:
+    return HelperLost(name, f"could not be started: {error.strerror}")
 
 
 def _too_late(name: str, timeout_s: float) -> HelperLost:

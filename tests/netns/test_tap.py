@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import trio
 
 from netns.errors import HelperLost, KernelRefused, NamespaceGone
-from netns.inside import Outcome, WorkFailed, run_inside
+from netns.holder import Holder
+from netns.inside import Outcome, WorkFailed, run_inside, run_inside_blocking
 from netns.tap import create_tap, remove_tap
 from tests.netns.pod import NEEDS_TAPS
 
@@ -154,6 +157,27 @@ async def test_helper_that_dies_is_reported_and_reaped():
     with pytest.raises(HelperLost, match="died"):
         await run_inside(HERE, "die", die)
     assert open_fds() == before
+
+
+@pytest.mark.parametrize(
+    ("module", "call"), [(os, "fork"), (os, "pidfd_open"), (socket, "socketpair")]
+)
+async def test_helper_that_cannot_be_started_is_reported_and_leaves_nothing(
+    monkeypatch, module, call
+):
+    def refused(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(module, call, refused)
+    before = open_fds()
+    with pytest.raises(HelperLost, match=r"work: .* could not be started: Resource temporarily"):
+        await run_inside(HERE, "work", Outcome)
+    with pytest.raises(HelperLost, match="could not be started"):
+        run_inside_blocking(HERE, "work", Outcome)
+    with pytest.raises(HelperLost, match="could not be started"):
+        await Holder.start(lambda pid: None)
+    assert open_fds() == before
+    assert not zombies()
 
 
 async def test_helper_that_hangs_is_killed_at_its_deadline():
