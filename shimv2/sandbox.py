@@ -476,6 +476,14 @@ class Sandbox:
     # --- The end of things ---
 
     async def _delete(self, container: Container, never_ran: bool) -> ProcessExit:
+        try:
+            return await self._remove(container, never_ran)
+        except BaseException:
+            # The client may try again; that would wait for ever for this Delete's end.
+            container.init.become(State.STOPPED)
+            raise
+
+    async def _remove(self, container: Container, never_ran: bool) -> ProcessExit:
         owns_machine = container.bundle.kind is not ContainerKind.MEMBER
         process = container.init
         if never_ran:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from agent_proto.pb import agent_pb2
 from hypervisors.errors import LaunchFailed, PreconditionFailed
 from hypervisors.machine import HybridVsock
 from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
+from shimv2.host_resources import HostResources
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from tests.fakes.fake_process import SLEEP, Program
@@ -159,6 +161,23 @@ async def test_a_create_after_a_failed_one_works(tmp_path: Path) -> None:
         shim.hypervisor.launch_error = None
         await shim.run()
         assert (await shim.wait()).exit_status == 0
+
+
+async def test_a_delete_that_failed_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+        await shim.run()
+        await shim.wait()
+
+        async def broken(*_: object) -> None:
+            raise OSError(errno.EIO, "broken")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(HostResources, "run_poststop", broken)
+            assert "broken" in str(await refusal(shim.delete()))
+        with trio.fail_after(10):
+            assert (await shim.delete()).exit_status == 0
 
 
 async def test_what_is_missing_on_the_host_is_named_before_anything_is_taken(
