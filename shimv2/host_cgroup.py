@@ -69,7 +69,8 @@ class HostCgroup:
     async def leave(self) -> None:
         """Take the shim out; the journal then removes the directories. Idempotent."""
         if self._cgroup is not None:
-            await self._cgroup.leave()
+            for problem in await self._cgroup.leave():
+                self._log.warning("cgroup", text=problem)
             self._cgroup = None
 
     def _started(self) -> list[int]:

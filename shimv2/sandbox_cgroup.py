@@ -62,7 +62,7 @@ class SandboxCgroup:
         """Make the directories, each journalled before, and begin to move the shim into them.
 
         Raises:
-            FailedPrecondition: one can't be made; the journal undoes the others.
+            FailedPrecondition: one can't be made, or takes no process; the journal undoes all.
         """
         made = cls(hierarchies, path)
         for hierarchy in hierarchies:
@@ -81,7 +81,7 @@ class SandboxCgroup:
                     "let containerd make cgroups there"
                 ) from error
         if made.directories:
-            made._move = Move.start([os.getpid()], made.directories)
+            made._move = made._start([os.getpid()])
         return made
 
     @property
@@ -114,7 +114,7 @@ class SandboxCgroup:
             outside = [pid for pid in started() if not self._holds(pid, problems)]
             if not outside:
                 break
-            problems |= await self._finish(Move.start(outside, self.directories))
+            problems |= await self._finish(self._start(outside))
         return [f"{directory}: {error.strerror}" for directory, error in problems.items()]
 
     def limit(self, limits: HostLimits) -> list[str]:
@@ -149,8 +149,12 @@ class SandboxCgroup:
             path = path.rpartition("/")[0]
         return "killed by the host, which is out of memory"
 
-    async def leave(self) -> None:
-        """Take the shim out again, so that the directories can be removed. Idempotent."""
+    async def leave(self) -> list[str]:
+        """Take the shim out again, so that the directories can be removed. Idempotent.
+
+        What failed is for the log: the journal's undo tries it once more.
+        """
+        problems = []
         if self._move is not None:
             self._move.close()
             self._move = None
@@ -161,8 +165,20 @@ class SandboxCgroup:
                 if hierarchy.own_path == back and self._is_inside(hierarchy, os.getpid())
             ]
             if homes:
-                with Move.start([os.getpid()], homes) as move, suppress(TimeoutError):
-                    await move.done()  # what failed is tried once more by the journal's undo
+                try:
+                    with Move.start([os.getpid()], homes) as move:
+                        await move.done()
+                except OSError as error:  # TimeoutError is one
+                    problems.append(f"the shim did not leave {self.path}: {error}")
+        return problems
+
+    def _start(self, pids: Sequence[int]) -> Move:
+        try:
+            return Move.start(pids, self.directories)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"the sandbox's cgroup {self.path}: no process can be moved ({error.strerror})"
+            ) from error
 
     async def _finish(self, move: Move) -> dict[str, OSError]:
         with move:

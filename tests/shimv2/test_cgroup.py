@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -231,6 +232,20 @@ async def test_a_move_tells_which_directory_refused(tmp_path: Path) -> None:
     assert list(failures) == [directories[1]]
     assert failures[directories[1]].strerror == "No such file or directory"
     assert (tmp_path / "one" / "cgroup.procs").read_text() == str(os.getpid())
+
+
+async def test_a_shim_that_has_no_process_to_leave_with_tells_it_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refused)
+    cgroup = prepared(tmp_path, {}, "memory")
+    monkeypatch.setattr(SandboxCgroup, "_is_inside", lambda *_: True)
+    (problem,) = await cgroup.leave()
+    assert problem.startswith("the shim did not leave /pod: ")
+    assert "Resource temporarily unavailable" in problem
 
 
 def test_the_overhead_cgroup_is_outside_of_every_pods() -> None:
