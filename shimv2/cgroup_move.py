@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 # Creating pods in a mass makes the moves queue for one lock of the kernel's.
 MOVE_S: Final = 10.0
+EXIT_S: Final = 1.0
 _MAX_ANSWER_BYTES: Final = 4096
 
 
 class Move:
-    """A move that is under way. Use as a context manager, or call `close` in the end."""
+    """A move that is under way. Use as a context manager, or call `aclose` in the end."""
 
     def __init__(self, pid: int, pidfd: int, answer_fd: int, directories: Sequence[str]) -> None:
         self._pid = pid
@@ -58,16 +59,16 @@ class Move:
             os.close(writing)
         return cls(pid, pidfd, reading, directories)
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(
+    async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        await self.aclose()
 
     async def done(self) -> dict[str, OSError]:
         """Wait for the end; return what failed, by directory. Processes that are gone don't count.
@@ -87,19 +88,23 @@ class Move:
             raise TimeoutError(f"the kernel moved no process within {MOVE_S:g} s")
         return self._failures(answer.decode("ascii", "replace"))
 
-    def close(self) -> None:
-        """End the child and collect it. Idempotent.
+    async def aclose(self) -> None:
+        """End the child and collect it. Idempotent, shielded, bounded.
 
-        It is at its end, or waits for the kernel: not longer than a grace period lasts.
+        It is at its end, or stuck in write(2), where no signal reaches it until the kernel has
+        moved the process. If that takes longer, a zombie stays until we end.
         """
         if self._pidfd < 0:
             return
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        pidfd, self._pidfd = self._pidfd, -1
         trio.lowlevel.notify_closing(self._answer_fd)
         os.close(self._answer_fd)
-        os.close(self._pidfd)
-        self._pidfd = -1
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            with trio.move_on_after(EXIT_S, shield=True):
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            _collect(pidfd)
 
     def _failures(self, answer: str) -> dict[str, OSError]:
         if not answer.endswith("end"):
@@ -110,6 +115,11 @@ class Move:
             directory = self._directories[int(index)]
             failures[directory] = OSError(int(code), os.strerror(int(code)), directory)
         return failures
+
+
+def _collect(pidfd: int) -> None:
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    os.close(pidfd)
 
 
 def write_pid(directory: str, pid: int) -> None:

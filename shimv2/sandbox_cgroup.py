@@ -156,8 +156,8 @@ class SandboxCgroup:
         """
         problems = []
         if self._move is not None:
-            self._move.close()
-            self._move = None
+            move, self._move = self._move, None
+            await move.aclose()
         for back in {hierarchy.own_path for hierarchy in self._hierarchies}:
             homes = [
                 hierarchy.directory(back)
@@ -166,7 +166,7 @@ class SandboxCgroup:
             ]
             if homes:
                 try:
-                    with Move.start([os.getpid()], homes) as move:
+                    async with Move.start([os.getpid()], homes) as move:
                         await move.done()
                 except OSError as error:  # TimeoutError is one
                     problems.append(f"the shim did not leave {self.path}: {error}")
@@ -181,7 +181,7 @@ class SandboxCgroup:
             ) from error
 
     async def _finish(self, move: Move) -> dict[str, OSError]:
-        with move:
+        async with move:
             try:
                 problems = await move.done()
             except TimeoutError as error:

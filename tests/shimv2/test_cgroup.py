@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shimv2 import undo
+from shimv2 import cgroup_move, undo
 from shimv2.cgroup_move import Move
 from shimv2.cgroup_path import Hierarchy, hierarchies, membership, overhead_path, sandbox_path
 from shimv2.cgroup_stats import read_statistics
@@ -227,11 +230,32 @@ async def test_a_move_tells_which_directory_refused(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "cgroup.procs").write_text("")
     directories = [str(tmp_path / "one"), str(tmp_path / "two")]
-    with Move.start([os.getpid()], directories) as move:
+    async with Move.start([os.getpid()], directories) as move:
         failures = await move.done()
     assert list(failures) == [directories[1]]
     assert failures[directories[1]].strerror == "No such file or directory"
     assert (tmp_path / "one" / "cgroup.procs").read_text() == str(os.getpid())
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "60"])
+
+
+async def test_a_move_that_is_stuck_in_the_kernel_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sleeper() as stuck:
+        reading, writing = os.pipe()
+        os.close(writing)
+        move = Move(stuck.pid, os.pidfd_open(stuck.pid), reading, [str(tmp_path)])
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "pidfd_send_signal", lambda *_: None)  # it is not heard
+            patched.setattr(cgroup_move, "EXIT_S", 0.05)
+            with trio.fail_after(30):
+                await move.aclose()
+                await move.aclose()
+        assert stuck.poll() is None
+        stuck.kill()
 
 
 async def test_a_shim_that_has_no_process_to_leave_with_tells_it_and_goes_on(
