@@ -67,16 +67,16 @@ def varint(value: int) -> bytes:
 def remove_state(state_dir: StateDir) -> list[str]:
     """Undo a sandbox's journal and remove its directory; return what could not be undone.
 
-    The directory stays if a process survived: the next cleanup needs its journal. Cheap when there
-    is nothing. The caller knows that no shim works in it any more.
+    The directory stays if something outside of it did: the next cleanup needs its journal. Cheap
+    when there is nothing. The caller knows that no shim works in it any more.
     """
     if not state_dir.exists():
         return []
     from shimv2 import journal
 
-    problems = journal.replay(state_dir.journal)
-    if journal.survivors(state_dir.journal):
-        return problems
+    left = journal.replay_all(state_dir.journal)
+    if any(journal.outlasts(one.entry, state_dir.path) for one in left):
+        return [one.problem for one in left]
     # What could not be removed one by one goes with the directory, or is named again here.
     return state_dir.remove()
 

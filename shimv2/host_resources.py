@@ -22,7 +22,7 @@ from shimv2.container_files import ContainerFiles, Prepared
 from shimv2.errors import Unavailable
 from shimv2.guest_requests import sandbox_request
 from shimv2.host_cgroup import HostCgroup
-from shimv2.journal import DEFERRED, Journal
+from shimv2.journal import DEFERRED, Journal, outlasts
 from shimv2.logger import start_logger
 from shimv2.rootfs import sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
@@ -43,11 +43,8 @@ if TYPE_CHECKING:
     from shimv2.stdio import Logger, LoggerCommand
     from shimv2.timeline import Timeline
 
-# Undone by who made them, not by the journal's undo alone: while one is held the state stays.
 # Source: moby daemon/config: containerd-namespace.
 _DOCKER = "moby"
-
-_OUTLASTING = ("process", "network")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,9 +356,9 @@ class HostResources:
         if any(entry.kind in DEFERRED for entry in self._journal.held):
             return
         journal, self._journal = self._journal, None
-        left = [entry for entry in journal.held if entry.kind in _OUTLASTING]
+        must_stay = any(outlasts(entry, self._state_dir.path) for entry in journal.held)
         journal.close()
-        if not left:
+        if not must_stay:
             for problem in self._state_dir.remove():
                 self._log.warning("cleanup", problem=problem)
 

@@ -21,7 +21,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from shimv2.errors import FailedPrecondition, ResourceExhausted
-from shimv2.host_process import boot_id, is_alive, start_time_ticks
+from shimv2.host_process import boot_id, start_time_ticks
 from shimv2.undo import UNDO, Outcome, is_below
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ DEFERRED = ("poststop", "hook")
 
 _PROCESSES = ("process", "hook")
 
+_OUTLASTING = (*_PROCESSES, "network", "cgroup")
+"""Kinds that stay on the host when the sandbox's directory goes."""
+
 _MAX_BYTES = 16 << 20
 """A journal is a few KiB; this bounds what `delete` reads of a file it did not write."""
 
@@ -53,6 +56,13 @@ class Entry(NamedTuple):
     def container(self) -> str:
         """The container it belongs to; empty for what the sandbox holds."""
         return str(self.fields.get("container", ""))
+
+
+class Left(NamedTuple):
+    """What replay could not undo, and why."""
+
+    entry: Entry
+    problem: str
 
 
 class Head(NamedTuple):
@@ -190,14 +200,19 @@ def read(path: str) -> tuple[Head | None, list[Entry]]:
 
 
 def replay(path: str, *, container: str | None = None) -> list[str]:
-    """Undo everything the journal at `path` still holds (of one container); return the problems.
+    """Undo everything the journal at `path` still holds (of one container); return the problems."""
+    return [one.problem for one in replay_all(path, container=container)]
+
+
+def replay_all(path: str, *, container: str | None = None) -> list[Left]:
+    """Do as `replay`; return what could not be undone.
 
     The journal stays, for whoever removes the directory; an undone entry is undone again by the
     next replay, without harm. Entries from before the last boot of the machine kill no process.
     """
     head, held = read(path)
     same_boot = head is not None and head.boot == boot_id()
-    problems: list[str] = []
+    left: list[Left] = []
     for entry in reversed(held):
         if container is not None and entry.container != container:
             continue
@@ -205,23 +220,18 @@ def replay(path: str, *, container: str | None = None) -> list[str]:
             continue
         problem = _undo_one(entry, os.path.dirname(path))
         if problem is not None:
-            problems.append(problem)
-    return problems
+            left.append(Left(entry, problem))
+    return left
 
 
-def survivors(path: str) -> list[Entry]:
-    """Return the entries of processes that are still alive: replay was not able to end them."""
-    head, held = read(path)
-    if head is None or head.boot != boot_id():
-        return []
-    return [
-        entry
-        for entry in held
-        if entry.kind in _PROCESSES
-        and isinstance(pid := entry.fields.get("pid"), int)
-        and isinstance(start := entry.fields.get("start_time"), int)
-        and is_alive(pid, start)
-    ]
+def outlasts(entry: Entry, home: str) -> bool:
+    """Tell whether a held resource would be forgotten if the state directory `home` went.
+
+    While there is one the directory must stay: a later cleanup needs the journal.
+    """
+    if entry.kind == "file":
+        return not is_below(home, str(entry.fields.get("path")))
+    return entry.kind in _OUTLASTING
 
 
 def _undo_one(entry: Entry, home: str) -> str | None:

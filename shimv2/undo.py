@@ -69,6 +69,7 @@ LEAVE_DEADLINE_S = 2.0
 
 _UNTOLD_MS = 20
 _EBUSY = 16
+_NO_CGROUP = (2, 19)  # ENOENT, ENODEV: it went before the write
 
 
 def cgroup(fields: Mapping[str, str | int]) -> Outcome:
@@ -116,9 +117,27 @@ def _processes(path: str) -> list[int]:
 
 
 def _leave(path: str, back: str) -> None:
-    if os.getpid() in _processes(path) and back:
-        with open(f"{back}/cgroup.procs", "w", encoding="ascii") as stream:
-            stream.write(str(os.getpid()))
+    if os.getpid() not in _processes(path) or not back:
+        return
+    try:
+        _move_to(back)
+    except OSError as error:
+        if error.errno not in _NO_CGROUP:
+            raise
+        # systemd removes a service's cgroup when it has stopped; the hierarchy's root stays.
+        _move_to(_root_of(path))
+
+
+def _move_to(cgroup: str) -> None:
+    with open(f"{cgroup}/cgroup.procs", "w", encoding="ascii") as stream:
+        stream.write(str(os.getpid()))
+
+
+def _root_of(path: str) -> str:
+    """Return the root of the hierarchy that the cgroup at `path` is in."""
+    while os.path.exists(f"{os.path.dirname(path)}/cgroup.procs"):
+        path = os.path.dirname(path)
+    return path
 
 
 def _wait_for_a_change(path: str, limit_s: float) -> None:

@@ -285,3 +285,14 @@ def test_undoing_removes_an_empty_cgroup_and_the_last_one_its_parent(tmp_path: P
     assert undo.cgroup({"path": str(two), "back": ""}) is None
     assert not two.parent.exists()
     assert undo.cgroup({"path": str(one), "back": ""}) is None
+
+
+def test_a_shim_whose_service_is_gone_leaves_to_the_root_of_the_hierarchy(tmp_path: Path) -> None:
+    root, own = tmp_path / "memory", tmp_path / "memory" / "pod" / "s1"
+    own.mkdir(parents=True)
+    for each in (root, root / "pod", own):
+        (each / "cgroup.procs").write_text("")
+    (own / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    undo._leave(str(own), str(root / "system.slice" / "containerd.service"))
+    assert (root / "cgroup.procs").read_text() == str(os.getpid())
+    assert (root / "pod" / "cgroup.procs").read_text() == ""

@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shimv2 import host_process, journal
+from shimv2.cleanup import remove_state
 from shimv2.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shimv2.journal import Journal
 from shimv2.state_dir import StateDir
+from shimv2.undo import UNDO
 
 KINDS = ("directory", "file", "socket", "process", "mount")
 
@@ -156,10 +158,38 @@ def test_a_process_is_killed_by_pid_and_start_time(tmp_path):
         assert start is not None
         book = opened(tmp_path)
         book.take("process", name="sleep", pid=child.pid, start_time=start)
-        assert journal.survivors(book.path) != []
         assert journal.replay(book.path) == []
         assert child.wait(5) == -9
-        assert journal.survivors(book.path) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "stays"),
+    [
+        ("process", {"name": "qemu", "pid": 1, "start_time": 1}, True),
+        ("network", {"path": "/run/netns/a"}, True),
+        ("cgroup", {"path": "/sys/fs/cgroup/s", "back": ""}, True),
+        ("file", {"path": "/volume/mountInfo.mark"}, True),
+        ("file", {"path": "{home}/disk"}, False),
+        ("socket", {"path": "{home}/s"}, False),
+        ("directory", {"path": "{home}/d"}, False),
+    ],
+)
+def test_the_state_stays_while_something_outside_of_it_is_left(
+    tmp_path, monkeypatch, kind, fields, stays
+):
+    state = StateDir("key", str(tmp_path / "kata"))
+    state.create()
+    book = opened(Path(state.path))
+    named = {k: v.format(home=state.path) if k == "path" else v for k, v in fields.items()}
+    book.take(kind, **named)
+    book.close()
+    with monkeypatch.context() as patched:
+        patched.setitem(UNDO, kind, lambda _: "still there")
+        assert remove_state(state) == ([f"{kind} #1: still there"] if stays else [])
+        assert state.exists() == stays
+    monkeypatch.setitem(UNDO, kind, lambda _: None)
+    assert remove_state(state) == []
+    assert not state.exists()
 
 
 def test_a_recycled_pid_is_spared(tmp_path):
