@@ -29,7 +29,8 @@ _BUFFER: Final = 64 << 10
 class FileWatch:
     """One inotify instance, of which a user may have few (128 by default); close it.
 
-    A path is watched for a name of the caller's choice, which `changed` returns.
+    A path is watched for a name of the caller's choice, which `changed` returns; it may be watched
+    for several.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,8 @@ class FileWatch:
             raise ResourceExhausted(
                 f"inotify: {os.strerror(ctypes.get_errno())}; raise fs.inotify.max_user_instances"
             )
-        self._names: dict[int, str] = {}
+        # The kernel has one watch for an inode, however often and by whichever path it is added.
+        self._names: dict[int, set[str]] = {}
 
     @property
     def is_closed(self) -> bool:
@@ -56,17 +58,19 @@ class FileWatch:
             self._fd, os.fsencode(path), ctypes.c_uint32(_MASK)
         )
         if number >= 0:
-            self._names[number] = name
+            self._names.setdefault(number, set()).add(name)
             return
         code = ctypes.get_errno()
         if code == 28:  # ENOSPC
             raise ResourceExhausted(f"inotify: {path}: raise fs.inotify.max_user_watches")
 
     def forget(self, name: str) -> None:
-        """Stop watching everything that was added for `name`."""
-        for number in [one for one, known in self._names.items() if known == name]:
-            self._libc.inotify_rm_watch(self._fd, number)
-            del self._names[number]
+        """Stop watching everything that was added for `name` alone."""
+        for number, names in list(self._names.items()):
+            names.discard(name)
+            if not names:
+                self._libc.inotify_rm_watch(self._fd, number)
+                del self._names[number]
 
     async def changed(self) -> set[str]:
         """Wait for changes; return the names they concern. Safe to cancel."""
@@ -94,9 +98,9 @@ class FileWatch:
             mask = int.from_bytes(data[at + 4 : at + 8], "little")
             at += _EVENT_HEAD + int.from_bytes(data[at + 12 : at + 16], "little")
             if mask & _IN_Q_OVERFLOW:
-                names.update(self._names.values())
+                names.update(*self._names.values())
             elif mask & _IN_IGNORED:
                 self._names.pop(number, None)
-            elif number in self._names:
-                names.add(self._names[number])
+            else:
+                names.update(self._names.get(number, ()))
         return names

@@ -145,6 +145,27 @@ async def test_a_single_file_is_followed_until_its_container_is_gone(tmp_path: P
         copies.close()
 
 
+async def test_containers_with_the_same_files_are_followed_each_until_it_is_gone(
+    volume: Path,
+) -> None:
+    guest, copies = Guest(), Copies(RecordingLog())
+    for number in "123":
+        copy = plan_copy(mount(volume), f"c{number}", TARGET / number)
+        await copies.send([copy], guest)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(copies.follow, guest)
+        (volume / "..1" / "key").write_text("new")
+        for number in "123":
+            await guest.until(f"{number}/..1/key", b"new")
+        copies.forget("c3")
+        guest.order.clear()
+        (volume / "..1" / "key").write_text("newest")
+        for number in "12":
+            await guest.until(f"{number}/..1/key", b"newest")
+        assert "3/..1/key" not in guest.order
+        copies.close()
+
+
 async def test_what_becomes_impossible_later_is_logged_and_followed_on(volume: Path) -> None:
     log = Log()
     guest, copies = Guest(), Copies(log)
