@@ -180,6 +180,11 @@ class PodNetwork:
             self.attached = tuple(each for each in self.attached if each not in gone)
         return tuple(each.attachment.endpoint for each in gone)
 
+    @property
+    def waiting(self) -> tuple[Attached, ...]:
+        """Those that are wired, and whose tap is still ours: no machine has them yet."""
+        return tuple(each for each in self.attached[: self._wired] if each.fds)
+
     async def steer_loopback(self) -> Steering:
         """Take the connections to the namespace's loopback, as `netns.loopback.steer`."""
         return await steer(self._namespace.fd)
@@ -194,12 +199,15 @@ class PodNetwork:
         names = [endpoint.name for endpoint in self.layout.endpoints]
         return statistics_of(parts.decode(errors="replace"), names)
 
-    def close_taps(self) -> None:
+    def close_taps(self, only: Attached | None = None) -> None:
         """Close our copies of the taps' descriptors; those of a running VMM go on."""
-        for each in self.attached:
+        closed = self.attached if only is None else (only,)
+        for each in closed:
             for fd in each.fds:
                 os.close(fd)
-        self.attached = tuple(Attached(each.attachment) for each in self.attached)
+        self.attached = tuple(
+            Attached(each.attachment) if each in closed else each for each in self.attached
+        )
 
     async def aclose(self) -> list[str]:
         """Undo the wiring and let go of the namespace; return what could not be undone.

@@ -21,16 +21,16 @@ _IFF_NOARP: Final = 0x80
 _RTNH_F_ONLINK: Final = 0x4
 
 
-def device_id(endpoint: Endpoint) -> str:
+def device_id(ifindex: int) -> str:
     """Name the machine's device of an endpoint; indexes are never used twice in a namespace."""
-    return f"net{endpoint.ifindex}"
+    return f"net{ifindex}"
 
 
 def net_device(attached: Attached, vhost_fds: Sequence[int] = ()) -> NetDevice:
     """Describe the device of one endpoint; the descriptors stay the caller's."""
     endpoint = attached.attachment.endpoint
     return NetDevice(
-        id=device_id(endpoint),
+        id=device_id(endpoint.ifindex),
         mac=endpoint.mac,
         tap_fds=attached.fds,
         mtu=endpoint.mtu,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +59,14 @@ def namespace_path(spec: dict[str, Any]) -> Path | None:
     )
 
 
+@dataclass(slots=True)
+class _Given:
+    """An interface whose device the machine has. `endpoint` is as the guest was told of it last."""
+
+    endpoint: Endpoint | None = None
+    pci_path: str = ""
+
+
 class SandboxNetwork:
     """One sandbox's network; made by `open`, ended by `aclose`, whatever else goes on then."""
 
@@ -68,6 +77,9 @@ class SandboxNetwork:
         self._pod: PodNetwork | None = None
         self._vhost_fds: list[int] = []
         self._has_vhost = False
+        self._given: dict[int, _Given] = {}  # by the interface's index
+        # What the guest has all of; None when some of it has not reached the guest.
+        self._carried: tuple[Endpoint, ...] | None = ()
         self.is_late = False  # what is in the namespace at Start has come since Create
         self._working = trio.Lock()  # `wire`, a change and the end come from tasks of their own
         self._life = trio.CancelScope()  # of `follow`
@@ -129,6 +141,9 @@ class SandboxNetwork:
         """Close our copies of the descriptors, so that the taps go when the VMM does."""
         if self._pod is not None:
             self._pod.close_taps()
+        self._close_vhost()
+
+    def _close_vhost(self) -> None:
         while self._vhost_fds:
             os.close(self._vhost_fds.pop())
 
@@ -140,13 +155,15 @@ class SandboxNetwork:
         """
         for endpoint in self.endpoints:
             await agent.update_interface(interface(endpoint))
+            self._given[endpoint.ifindex] = _Given(endpoint)
         if self.endpoints:
             await self._configure_tables(agent)
+        self._carried = self.endpoints
 
     async def follow(self, agent: AgentClient, vm: Machine, tell: Tell) -> None:
         """Give the guest what comes to the pod's network later, take what leaves; until `aclose`.
 
-        A change that can't be carried over is told, and the next one waited for: the pod lives on.
+        What can't be carried over is told, and tried again at the next change: the pod lives on.
         """
         if self._pod is None:
             return
@@ -184,26 +201,61 @@ class SandboxNetwork:
     async def _carry_over(
         self, pod: PodNetwork, agent: AgentClient, vm: Machine, tell: Tell
     ) -> None:
-        before = {endpoint.ifindex: endpoint for endpoint in self.endpoints}
-        added = await pod.rescan()
-        if tuple(before.values()) == self.endpoints:
+        await pod.rescan()
+        pod.drop_gone()
+        if self._carried == self.endpoints:
             return  # a carrier that came or went, say: the guest's routes need no replacing
+        self._carried = None
         # First: one that left and came back has its old name in the guest.
-        for endpoint in pod.drop_gone():
-            await _take_away(endpoint, agent, vm, tell)
-        pci_paths: dict[int, str] = {}
+        await self._take_away_gone(agent, vm, tell)
+        await self._plug(pod, vm, tell)
+        has_all = await self._update_interfaces(agent, tell)
+        await self._configure_tables(agent)
+        if has_all:
+            self._carried = self.endpoints
+
+    async def _take_away_gone(self, agent: AgentClient, vm: Machine, tell: Tell) -> None:
+        here = {endpoint.ifindex for endpoint in self.endpoints}
+        for ifindex in [one for one in self._given if one not in here]:
+            await _take_away(ifindex, self._given[ifindex].endpoint, agent, vm, tell)
+            del self._given[ifindex]
+
+    async def _plug(self, pod: PodNetwork, vm: Machine, tell: Tell) -> None:
+        """Give the machine what it has no device for. The taps of what it refuses stay ours."""
+        from netns.errors import NetnsError
+
         try:
             await pod.wire()
-            for each in added:
+        except NetnsError as error:
+            tell(f"the pod's network did not reach the guest: {error}")
+        for each in pod.waiting:
+            endpoint = each.attachment.endpoint
+            try:
                 address = await vm.attach(self._device(each))
-                pci_paths[each.attachment.endpoint.ifindex] = address.pci_path
-        finally:
-            self.vmm_started()
+            except (NetnsError, HypervisorError) as error:
+                tell(f"network interface {endpoint.name} did not reach the guest: {error}")
+                continue
+            finally:
+                self._close_vhost()
+            pod.close_taps(each)
+            self._given[endpoint.ifindex] = _Given(pci_path=address.pci_path)
+
+    async def _update_interfaces(self, agent: AgentClient, tell: Tell) -> bool:
+        """Tell the guest what is new of its interfaces; return whether it has all of the pod's."""
+        has_all = True
         for endpoint in self.endpoints:
-            if before.get(endpoint.ifindex) != endpoint:
-                pci_path = pci_paths.get(endpoint.ifindex, "")
-                await agent.update_interface(interface(endpoint, pci_path))
-        await self._configure_tables(agent)
+            given = self._given.get(endpoint.ifindex)
+            if given is None:
+                has_all = False
+            elif given.endpoint != endpoint:
+                pci_path = given.pci_path if given.endpoint is None else ""
+                try:
+                    await agent.update_interface(interface(endpoint, pci_path))
+                    given.endpoint = endpoint
+                except AgentError as error:
+                    tell(f"network interface {endpoint.name} did not reach the guest: {error}")
+                    has_all = False
+        return has_all
 
     async def aclose(self) -> list[str]:
         """Undo the wiring; return what could not be undone, which the journal then keeps.
@@ -223,8 +275,10 @@ class SandboxNetwork:
             return problems
 
     async def _configure_tables(self, agent: AgentClient) -> None:
-        await agent.update_routes(routes(self.endpoints))
-        if fixed := neighbours(self.endpoints):
+        told = {index for index, given in self._given.items() if given.endpoint is not None}
+        here = [endpoint for endpoint in self.endpoints if endpoint.ifindex in told]
+        await agent.update_routes(routes(here))
+        if fixed := neighbours(here):
             await agent.add_arp_neighbors(fixed)
 
     def _device(self, attached: Attached) -> NetDevice:
@@ -242,12 +296,17 @@ class SandboxNetwork:
             self._journal.release(old)
 
 
-async def _take_away(endpoint: Endpoint, agent: AgentClient, vm: Machine, tell: Tell) -> None:
+async def _take_away(
+    ifindex: int, endpoint: Endpoint | None, agent: AgentClient, vm: Machine, tell: Tell
+) -> None:
     """Unplug the device of an interface that has left; one from the launch stays, without use."""
     try:
-        await vm.detach(device_id(endpoint))
+        await vm.detach(device_id(ifindex))
+        return
     except KeyError:
-        await agent.update_interface(emptied(endpoint))
+        pass  # not plugged into a running machine
     except HypervisorError as error:
-        tell(f"network interface {endpoint.name} left, its device is still there: {error}")
+        name = endpoint.name if endpoint is not None else f"number {ifindex}"
+        tell(f"network interface {name} left, its device is still there: {error}")
+    if endpoint is not None:  # else the guest has never heard of it
         await agent.update_interface(emptied(endpoint))

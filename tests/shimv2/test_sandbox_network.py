@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from agent_proto.errors import AgentError, AgentUnreachable
 from hypervisors.errors import HypervisorError
 from hypervisors.machine import GuestAddress, NetDevice
 from netns.errors import HostNamespace, KernelRefused, UnsupportedLink
@@ -74,8 +75,11 @@ class Listener:
         self.routes: list[Any] = []
         self.neighbours: list[Any] = []
         self.told = trio.Event()
+        self.refusal: AgentError | None = None
 
     async def update_interface(self, message: Any) -> Any:
+        if self.refusal is not None:
+            raise self.refusal
         self.interfaces.append(message)
         return message
 
@@ -263,30 +267,83 @@ class TestWired:
         assert await network.aclose() == []
         book.close()
 
-    async def test_interface_that_the_vmm_refuses_is_told_and_the_next_change_followed(
+    async def test_interface_that_the_vmm_refuses_is_told_and_plugged_in_at_the_next_change(
+        self, tmp_path, pod, outside
+    ):
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
+        await network.wire()
+        network.vmm_started()
+        agent: Any = Listener()
+        await network.configure(agent)
+        vm = Vmm(HypervisorError("all hot-plug ports are taken"))
+        said: list[str] = []
+        pod.run(ROUTES)
+        pod.run(f"ip link add eth1 type veth peer name peer1 netns {outside.pid}")
+        outside.run("ip link set peer1 up")
+        pod.run("ip addr add 10.8.0.3/24 dev eth1; ip link set eth1 up")
+        pod.run("ip route add 10.6.0.0/16 via 10.8.0.1")
+        pod.run("ip addr add 10.9.8.7/32 dev eth0")
+        await network.catch_up(agent, vm, said.append)
+        (text,) = said
+        assert "interface eth1 did not reach the guest: all hot-plug ports are taken" in text
+        assert {message.name for message in agent.interfaces} == {"eth0"}
+        assert "10.9.8.7" in {ip.address for ip in agent.interfaces[-1].IPAddresses}
+        assert {route.device for route in agent.routes} == {"eth0"}
+        vm.refusal = None
+        await network.catch_up(agent, vm, pytest.fail)
+        assert len(vm.plugged) == 1
+        assert (agent.interfaces[-1].name, agent.interfaces[-1].devicePath) == ("eth1", "10/00")
+        assert {route.device for route in agent.routes} == {"eth0", "eth1"}
+        assert await network.aclose() == []
+        assert kinds(book) == []
+        book.close()
+
+    async def test_change_that_the_agent_or_the_wiring_refuses_is_carried_over_with_the_next(
+        self, tmp_path, holder, outside, monkeypatch
+    ):
+        async def refused(_self: object) -> None:
+            raise KernelRefused("wire", errno.EBUSY)
+
+        book = journal_in(tmp_path)
+        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
+        agent: Any = Listener()
+        vm = Vmm()
+        said: list[str] = []
+        holder.run(POD.format(outside=outside.pid))
+        outside.run(OUTSIDE)
+        holder.run(ROUTES)
+        with monkeypatch.context() as patch:
+            patch.setattr(PodNetwork, "wire", refused)
+            await network.catch_up(agent, vm, said.append)
+        assert (len(said), vm.plugged, agent.interfaces) == (1, {}, [])
+        agent.refusal = AgentUnreachable("UpdateInterface", "busy")
+        await network.catch_up(agent, vm, said.append)
+        assert (len(said), len(vm.plugged), agent.routes) == (2, 1, [])
+        agent.refusal = None
+        await network.catch_up(agent, vm, pytest.fail)
+        assert [message.devicePath for message in agent.interfaces] == ["10/00"]
+        assert agent.routes
+        assert len(vm.plugged) == 1
+        assert await network.aclose() == []
+        assert kinds(book) == []
+        book.close()
+
+    async def test_interface_that_leaves_before_the_guest_has_heard_of_it_is_unplugged(
         self, tmp_path, holder, outside
     ):
         book = journal_in(tmp_path)
         network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
-        said: list[str] = []
-        refused = trio.Event()
-
-        def tell(text: str) -> None:
-            said.append(text)
-            refused.set()
-
-        vm = Vmm(HypervisorError("all hot-plug ports are taken"))
         agent: Any = Listener()
-        with trio.fail_after(20):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(network.follow, agent, vm, tell)
-                await trio.testing.wait_all_tasks_blocked()
-                holder.run(POD.format(outside=outside.pid))
-                await refused.wait()
-                holder.run("ip addr add 10.9.0.3/24 dev eth0")
-                await agent.told.wait()
-                nursery.cancel_scope.cancel()
-        assert "hot-plug ports" in said[0]
+        vm = Vmm()
+        said: list[str] = []
+        holder.run(POD.format(outside=outside.pid))
+        agent.refusal = AgentUnreachable("UpdateInterface", "busy")
+        await network.catch_up(agent, vm, said.append)
+        assert (len(said), len(vm.plugged)) == (1, 1)
+        holder.run("ip link del eth0")
+        await network.catch_up(agent, vm, pytest.fail)
+        assert not vm.plugged
         assert await network.aclose() == []
         book.close()
 
