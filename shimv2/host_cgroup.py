@@ -30,6 +30,7 @@ class HostCgroup:
         self._find = find
         self._log = log
         self._cgroup: SandboxCgroup | None = None
+        self._left: SandboxCgroup | None = None
         self._journal: Journal | None = None
         self._is_pods = False  # below the pod's own, not beside all pods
 
@@ -71,7 +72,13 @@ class HostCgroup:
         if self._cgroup is not None:
             for problem in await self._cgroup.leave():
                 self._log.warning("cgroup", text=problem)
-            self._cgroup = None
+            self._cgroup, self._left = None, self._cgroup
+
+    async def emptied(self) -> None:
+        """After `leave`: return when those are dead that were killed inside. Bounded."""
+        if self._left is not None:
+            await self._left.emptied()
+            self._left = None
 
     def _started(self) -> list[int]:
         held = self._journal.held if self._journal is not None else ()

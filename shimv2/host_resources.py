@@ -319,6 +319,7 @@ class HostResources:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.stop_machine)
             nursery.start_soon(self.cgroup.leave)
+        await self.cgroup.emptied()
         if self._hooks is not None:
             await self._hooks.release_holder()
         self._is_given_back = True

@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shimv2.errors import FailedPrecondition, ResourceExhausted
 from shimv2.host_process import boot_id, start_time_ticks
-from shimv2.undo import UNDO, Outcome, is_below
+from shimv2.undo import LIVE, UNDO, Outcome, is_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    Undo = Callable[[Mapping[str, str | int]], Outcome]
 
 VERSION = 1
 Value = str | int
@@ -153,7 +155,7 @@ class Journal:
         """Undo and release these, the last one first; return the problems."""
         problems: list[str] = []
         for entry in reversed(entries):
-            outcome = _undo_one(entry, os.path.dirname(self.path))
+            outcome = _undo_one(entry, os.path.dirname(self.path), LIVE.get(entry.kind))
             if outcome is None:
                 self.release(entry)
             else:
@@ -234,8 +236,8 @@ def outlasts(entry: Entry, home: str) -> bool:
     return entry.kind in _OUTLASTING
 
 
-def _undo_one(entry: Entry, home: str) -> str | None:
-    undo = UNDO.get(entry.kind)
+def _undo_one(entry: Entry, home: str, live: Undo | None = None) -> str | None:
+    undo = live or UNDO.get(entry.kind)
     own = _OWN.get(entry.kind)
     if own is not None and not is_below(home, str(entry.fields.get(own))):
         # `delete` runs among the host's mounts, and a journal is only a file.

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import trio
+
 from shimv2.cgroup_files import numbers, read, write
 from shimv2.cgroup_move import Move
 from shimv2.cgroup_path import Hierarchy, membership
 from shimv2.errors import FailedPrecondition
+from shimv2.undo import LEAVE_DEADLINE_S, processes
 
 if TYPE_CHECKING:
     from shimv2.journal import Journal
@@ -172,6 +175,13 @@ class SandboxCgroup:
                     problems.append(f"the shim did not leave {self.path}: {error}")
         return problems
 
+    async def emptied(self) -> None:
+        """Return when what was killed inside is dead, but within a bound; the undo tells then."""
+        with trio.move_on_after(LEAVE_DEADLINE_S):
+            inside = {pid for directory in self.directories for pid in processes(directory)}
+            for pid in inside - {os.getpid()}:
+                await _ended(pid)
+
     def _start(self, pids: Sequence[int]) -> Move:
         try:
             return Move.start(pids, self.directories)
@@ -206,6 +216,17 @@ class SandboxCgroup:
         of = membership(text)
         name = next(iter(hierarchy.controllers), "")
         return of.get(name, "").endswith(self.path)
+
+
+async def _ended(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return  # most often: it is gone
+    try:
+        await trio.lowlevel.wait_readable(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _make(hierarchy: Hierarchy, path: str) -> None:

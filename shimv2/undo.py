@@ -67,12 +67,15 @@ def file(fields: Mapping[str, str | int]) -> Outcome:
 LEAVE_DEADLINE_S = 2.0
 """A process that was killed has left its cgroup within this."""
 
+LIVE_LEAVE_DEADLINE_S = 0.05
+"""The same for a shim that serves, and has waited for its processes before."""
+
 _UNTOLD_MS = 20
 _EBUSY = 16
 _NO_CGROUP = (2, 19)  # ENOENT, ENODEV: it went before the write
 
 
-def cgroup(fields: Mapping[str, str | int]) -> Outcome:
+def cgroup(fields: Mapping[str, str | int], *, deadline_s: float = LEAVE_DEADLINE_S) -> Outcome:
     """Remove an empty cgroup; this very process goes `back` first. Nothing is killed here.
 
     What we started has entries of its own, and is dead or dying by now; what somebody else put
@@ -81,7 +84,7 @@ def cgroup(fields: Mapping[str, str | int]) -> Outcome:
     import time
 
     path = str(fields["path"])
-    deadline = time.monotonic() + LEAVE_DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while True:
         try:
             os.rmdir(path)
@@ -94,7 +97,7 @@ def cgroup(fields: Mapping[str, str | int]) -> Outcome:
                 return f"{path}: {error.strerror}"
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            return f"{path}: processes {_processes(path)} are still in it"
+            return f"{path}: processes {processes(path)} are still in it"
         _leave(path, str(fields.get("back", "")))
         _wait_for_a_change(path, left_s)
 
@@ -108,7 +111,12 @@ def _remove_if_last(parent: str) -> None:
             return  # another is in it
 
 
-def _processes(path: str) -> list[int]:
+def live_cgroup(fields: Mapping[str, str | int]) -> Outcome:
+    """Do as `cgroup` without holding up an event loop: what is not gone by now is left."""
+    return cgroup(fields, deadline_s=LIVE_LEAVE_DEADLINE_S)
+
+
+def processes(path: str) -> list[int]:
     try:
         with open(f"{path}/cgroup.procs", encoding="ascii") as stream:
             return [int(line) for line in stream]
@@ -117,7 +125,7 @@ def _processes(path: str) -> list[int]:
 
 
 def _leave(path: str, back: str) -> None:
-    if os.getpid() not in _processes(path) or not back:
+    if os.getpid() not in processes(path) or not back:
         return
     try:
         _move_to(back)
@@ -147,7 +155,7 @@ def _wait_for_a_change(path: str, limit_s: float) -> None:
     poller = select.poll()
     descriptors = []
     try:
-        for pid in _processes(path):
+        for pid in processes(path):
             try:
                 descriptors.append(os.pidfd_open(pid))
             except OSError:
@@ -198,6 +206,10 @@ UNDO: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {
     "poststop": poststop,
 }
 """Kind -> undo. A package with resources of another kind adds its own before it takes the first."""
+
+
+LIVE: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {"cgroup": live_cgroup}
+"""What a shim that serves does instead; what that leaves is undone at its exit, or by `delete`."""
 
 
 def _unlink(path: str, is_expected: Callable[[int], bool]) -> Outcome:

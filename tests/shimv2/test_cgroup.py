@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -256,6 +257,46 @@ async def test_a_move_that_is_stuck_in_the_kernel_holds_nobody_up(
                 await move.aclose()
         assert stuck.poll() is None
         stuck.kill()
+
+
+async def test_what_was_killed_inside_is_waited_for_beside_the_loop(tmp_path: Path) -> None:
+    cgroup = prepared(tmp_path, {}, "memory")
+    with sleeper() as dying:
+        (tmp_path / "pod" / "cgroup.procs").write_text(f"{dying.pid}\n{os.getpid()}\n")
+        is_empty = []
+
+        async def wait() -> None:
+            await cgroup.emptied()
+            is_empty.append(dying.poll())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not is_empty
+            dying.kill()
+        assert is_empty == [-signal.SIGKILL]
+
+
+def test_a_shim_that_serves_waits_for_no_strangers_cgroup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(_: str) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    def left(*_: object) -> None:
+        raise AssertionError("waited")
+
+    journal = Journal.open(str(tmp_path / "journal"))
+    journal.take("cgroup", path=str(tmp_path / "s1"), back="")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        patched.setattr(undo, "LIVE_LEAVE_DEADLINE_S", 0.0)
+        patched.setattr(undo, "_wait_for_a_change", left)
+        (problem,) = journal.undo()
+    assert "are still in it" in problem
+    assert [entry.kind for entry in journal.held] == ["cgroup"]
+    assert journal.undo() == []
+    journal.close()
 
 
 async def test_a_shim_that_has_no_process_to_leave_with_tells_it_and_goes_on(
