@@ -8,7 +8,7 @@ asked for it (a start, a delete) is run by the sandbox as a job of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
@@ -48,6 +48,7 @@ EXEC_EXIT_GRACE_S: Final = 1.0
 EXIT_OUTPUT_GRACE_S: Final = 0.8
 # A hung agent must not hold Kill for longer: then the VM is killed instead.
 KILL_DEADLINE_S: Final = 5.0
+LOGGERS_DEADLINE_S: Final = 12.0  # a logger's graces, and what lies in its pipes
 _SIGKILL: Final = 9
 
 
@@ -399,3 +400,11 @@ class Container:
             return await call
         except AgentUnreachable as exc:
             raise Unavailable(await self._host.explain()) from exc
+
+
+async def loggers_left(containers: Iterable[Container]) -> None:
+    """Wait, within a bound, until the loggers that were written to have left."""
+    with trio.move_on_after(LOGGERS_DEADLINE_S):
+        for container in list(containers):
+            for process in [*container.execs.values(), container.init]:
+                await process.logger_left()

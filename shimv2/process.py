@@ -187,6 +187,11 @@ class ContainerProcess:
         if self._stdio is not None:
             self._stdio.close()
 
+    async def logger_left(self) -> None:
+        """Wait until a logger that is written to has left; nothing else is waited for."""
+        if self.plan.logger is not None and self.relay is not None and self.relay.is_running:
+            await self.relay.finished.wait()
+
     async def drain(self, deadline_s: float = DRAIN_DEADLINE_S) -> None:
         """Let what was written reach its reader, for so long; then close everything."""
         if self.relay is None:

@@ -39,12 +39,14 @@ class Relay:
         self._stdio = stdio
         self._guest = guest
         self._scope = trio.CancelScope()
+        self.is_running = False
         self.problem = ""  # why a stream ended before its end, if one did
         self.outputs_ended = trio.Event()
         self.finished = trio.Event()
 
     async def run(self) -> None:
         """Copy until the guest's outputs end or `abandon` is called. Raises nothing of its own."""
+        self.is_running = True
         try:
             with self._scope:
                 await self._copy()
@@ -55,6 +57,7 @@ class Relay:
             # Bounded by the logger's own graces: its last lines would be lost otherwise.
             with trio.move_on_after(15, shield=True):
                 await self._stdio.aclose()
+            self.is_running = False
             self.finished.set()
 
     def abandon(self) -> None:

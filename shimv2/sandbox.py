@@ -22,7 +22,7 @@ import trio
 from agent_proto.errors import AgentError, AgentUnreachable
 from shimv2.boot import Machine, check_machine
 from shimv2.bundle import Bundle, ContainerKind
-from shimv2.container import Container, Log
+from shimv2.container import Container, Log, loggers_left
 from shimv2.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -568,6 +568,8 @@ class Sandbox:
             for container in self.containers.values():
                 container.end_all(reason)
         async with self._closing:
+            await self._host.stop_machine()  # no more is written: loggers flush and leave
+            await loggers_left(self.containers.values())
             await self._host.give_back()
 
     # --- Small jobs ---

@@ -265,6 +265,21 @@ async def test_a_logger_that_does_not_leave_is_told_then_killed(tmp_path: Path) 
     assert logger._child.exit is not None
 
 
+async def test_a_logger_that_flushes_outlives_the_vm(tmp_path: Path) -> None:
+    out = tmp_path / "got"
+    command = logger_script(
+        tmp_path, f"exec 5>&-; cat <&3 >{out}; sleep 1; echo last words >>{out}"
+    )
+    async with ShimBench(tmp_path).running() as shim:
+        shim.agent.program(Program(stdout=b"first\n"))
+        await shim.create(stdout=f"binary://{command.path}")
+        await shim.start()
+        await shim.wait()
+        with trio.fail_after(30):
+            await shim.delete()
+        assert out.read_text() == "first\nlast words\n"
+
+
 # --- The whole way ---
 
 
