@@ -67,8 +67,9 @@ def varint(value: int) -> bytes:
 def remove_state(state_dir: StateDir) -> list[str]:
     """Undo a sandbox's journal and remove its directory; return what could not be undone.
 
-    The directory stays if something outside of it did: the next cleanup needs its journal. Cheap
-    when there is nothing. The caller knows that no shim works in it any more.
+    The directory stays if something outside of it did, or hooks are still to be run (which they
+    can't be within an event loop): the next cleanup needs its journal. Cheap when there is nothing.
+    The caller knows that no shim works in it any more.
     """
     if not state_dir.exists():
         return []

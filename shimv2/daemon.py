@@ -74,6 +74,9 @@ def run(invocation: ShimInvocation, listener: int, gate: int) -> int:
         os.close(gate)
         import trio
 
+        # Before the event loop: hooks that are due are run by one of their own.
+        for problem in cleanup.remove_state(state_dir_of(invocation)):
+            log.warning("left over from an earlier shim", what=problem)
         trio.run(
             serve, socket.socket(fileno=listener), invocation, log, strict_exception_groups=True
         )
@@ -113,8 +116,6 @@ async def serve(listener: socket.socket, invocation: ShimInvocation, log: Log) -
 
     publisher = EventPublisher(invocation.ttrpc_address, invocation.namespace, log)
     state_dir = state_dir_of(invocation)
-    for problem in cleanup.remove_state(state_dir):
-        log.warning("left over from an earlier shim", what=problem)
     service: Service = TaskService(invocation, state_dir, publisher, log)
     server = Server(
         service.services(),

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from netns.holder import Holder
     from shimv2.bundle import Bundle
     from shimv2.container import Log
-    from shimv2.hooks import Hook
+    from shimv2.hooks import Hook, Record
     from shimv2.journal import Entry, Journal
 
 AFTERWARDS_LIMIT_S: Final = 30.0
@@ -254,22 +254,28 @@ def _is_there(path: str) -> bool:
 def run_recorded(path: str) -> str | None:
     """Run the poststop hooks recorded at `path`, if that is still to be done; tell of failures.
 
-    For a process without an event loop. They are not tried again: what they could not do in this
-    time they would hold up the next time.
+    Within an event loop they stay recorded, for the next cleanup. They are not tried again: what
+    they could not do in this time they would hold up the next time.
     """
+    if trio.lowlevel.in_trio_run():
+        return f"{path}: poststop hooks are still to be run" if _is_there(path) else None
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
         return None
     try:
-        return "; ".join(trio.run(_replay, text)) or None if text else None
-    finally:
-        os.unlink(path)
+        record = from_record(text)
+    except (ValueError, KeyError, TypeError):
+        # Its writer died at it, before the first hook.
+        problems = [f"{path} cannot be read: {text[:100]!r}"] if text else []
+    else:
+        problems = trio.run(_replay, record)
+    os.unlink(path)
+    return "; ".join(problems) or None
 
 
-async def _replay(text: str) -> list[str]:
-    record = from_record(text)
+async def _replay(record: Record) -> list[str]:
     give_up_at = trio.current_time() + REPLAY_LIMIT_S
     problems = []
     for hook in record.hooks:

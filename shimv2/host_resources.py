@@ -19,7 +19,7 @@ from agent_proto.limits import AgentTimeouts
 from shimv2.boot import Machine, Machinery
 from shimv2.cleanup import remove_state
 from shimv2.container_files import ContainerFiles, Prepared
-from shimv2.errors import Unavailable
+from shimv2.errors import FailedPrecondition, Unavailable
 from shimv2.guest_requests import sandbox_request
 from shimv2.host_cgroup import HostCgroup
 from shimv2.journal import DEFERRED, Journal, outlasts
@@ -92,20 +92,10 @@ class HostResources:
         """Make state directory, journal, cgroup and share, and the machine, not yet booted.
 
         Raises:
+            FailedPrecondition: something of an earlier sandbox of this name can't be taken back.
             ShimError: one could not be made; `give_back` then takes the rest back.
         """
-        for problem in remove_state(self._state_dir):
-            self._log.warning("left by an earlier shim", problem=problem)
-        self._state_dir.create()
-        try:
-            journal = self._journal = Journal.open(
-                self._state_dir.journal,
-                namespace=self._invocation.namespace,
-                sandbox_id=self._invocation.sandbox_id,
-            )
-        except BaseException:
-            self._state_dir.remove()
-            raise
+        journal = self._journal = self._open_journal()
         self._vcpus = plan.vcpus
         self._enter = timeline.enter
         self.cgroup.make(bundle, config, journal)
@@ -137,6 +127,22 @@ class HostResources:
             why_dead=self.cgroup.why_dead,
         )
         return self.machine
+
+    def _open_journal(self) -> Journal:
+        for problem in remove_state(self._state_dir):
+            self._log.warning("left by an earlier shim", problem=problem)
+        self._state_dir.create()
+        try:
+            return Journal.open(
+                self._state_dir.journal,
+                namespace=self._invocation.namespace,
+                sandbox_id=self._invocation.sandbox_id,
+            )
+        except FailedPrecondition:
+            raise  # the earlier shim's journal is still needed
+        except BaseException:
+            self._state_dir.remove()
+            raise
 
     async def open_network(self, bundle: Bundle, config: RuntimeConfig) -> SandboxNetwork:
         """Look into the pod's network namespace: the VMM must have the taps at its launch.

@@ -231,8 +231,11 @@ def outlasts(entry: Entry, home: str) -> bool:
 
     While there is one the directory must stay: a later cleanup needs the journal.
     """
+    path = str(entry.fields.get("path"))
     if entry.kind == "file":
-        return not is_below(home, str(entry.fields.get("path")))
+        return not is_below(home, path)
+    if entry.kind == "poststop":
+        return is_below(home, path) and os.path.exists(path)  # still to be run
     return entry.kind in _OUTLASTING
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ import pytest
 import trio
 import trio.testing
 
+from shimv2 import daemon
+from shimv2.bootstrap import ShimInvocation
+from shimv2.cleanup import remove_state
 from shimv2.errors import InvalidArgument
 from shimv2.hooks import parse_hooks
-from shimv2.journal import read, replay
+from shimv2.journal import Journal, read, replay
+from shimv2.state_dir import StateDir
 from tests.netns.pod import NEEDS_TAPS, Holder
 from tests.netns.test_tap import links
 from tests.shimv2.shim_bench import ShimBench, pod_annotations, refusal, spec
@@ -356,3 +361,66 @@ class TestOnTheHost:
             await shim.wait()
             await shim.delete()
         assert replay(journal) == []
+
+
+def left_by_a_killed_shim(state_dir: StateDir, *hooks: tuple[str, dict[str, Any]]) -> None:
+    """Leave what a shim leaves that was killed before its containers' poststop hooks ran."""
+    state_dir.create()
+    journal = Journal.open(state_dir.journal)
+    for container, hook in hooks:
+        path = f"{state_dir.path}/poststop-{container}.json"
+        journal.take("poststop", path=path, container=container)
+        parsed = parse_hooks({"hooks": {"poststop": [hook]}})["poststop"]
+        bundle = state_dir.path
+        record = {"container": container, "bundle": bundle, "state": "{}"}
+        hooks_json = [each._asdict() for each in parsed]
+        Path(path).write_text(json.dumps({**record, "hooks": hooks_json}))
+    journal.close()
+
+
+async def test_poststop_hooks_that_an_event_loop_cannot_run_stay_for_the_next_cleanup(
+    tmp_path: Path, scripts: Scripts
+) -> None:
+    state_dir = StateDir("k", str(tmp_path / "s"))
+    left_by_a_killed_shim(state_dir, ("c1", scripts.hook("stop")))
+    (problem,) = remove_state(state_dir)
+    assert "poststop hooks are still to be run" in problem
+    assert scripts.names == []
+    code = (
+        "from shimv2 import cleanup, state_dir\n"
+        f"print(cleanup.remove_state(state_dir.StateDir('k', {state_dir.root!r})))"
+    )
+    done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True)
+    assert done.stdout == b"[]\n"
+    assert scripts.names == ["stop"]
+    assert not state_dir.exists()
+
+
+def test_a_shim_runs_what_an_earlier_one_left_before_it_serves(
+    tmp_path: Path, scripts: Scripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state_dir = StateDir("k", str(tmp_path / "s"))
+    left_by_a_killed_shim(state_dir, ("c1", scripts.hook("stop")))
+    seen: list[list[str]] = []
+
+    async def serve(listener: socket.socket, *arguments: object) -> None:
+        await trio.lowlevel.checkpoint()
+        listener.close()
+        seen.append(scripts.names)
+
+    monkeypatch.setattr(daemon, "serve", serve)
+    monkeypatch.setattr(daemon, "_settle", lambda *arguments: None)
+    monkeypatch.setattr(daemon, "load", lambda: None)
+    monkeypatch.setattr(daemon, "state_dir_of", lambda invocation: state_dir)
+    monkeypatch.setattr("shimv2.heap.keep_chunks", lambda: None)
+    gate, opened = os.pipe()
+    os.write(opened, b"g")
+    os.close(opened)
+    listener, peer = socket.socketpair()
+    invocation = ShimInvocation(
+        namespace="n", id="c1", containerd_address="/c.sock", bundle_path=str(tmp_path)
+    )
+    assert daemon.run(invocation, listener.detach(), gate) == 0
+    peer.close()
+    assert seen == [["stop"]]
+    assert not state_dir.exists()
