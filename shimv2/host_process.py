@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
+
+_DEAD = (b"Z", b"X")
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -23,23 +26,24 @@ def start_time_ticks(pid: int) -> int | None:
 
     Source: proc(5) /proc/pid/stat field 22. The second field may hold spaces and brackets.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            data = stream.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return int(data[data.rindex(b")") + 2 :].split()[19])
+    fields = _stat_fields(pid)
+    return int(fields[19]) if fields else None
 
 
 def is_alive(pid: int, start_time: int) -> bool:
     """Say whether this very process still runs; a zombie is dead."""
+    fields = _stat_fields(pid)
+    return bool(fields) and fields[0] not in _DEAD and int(fields[19]) == start_time
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """Return /proc/<pid>/stat from field 3 on; nothing if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stream:
             data = stream.read()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    fields = data[data.rindex(b")") + 2 :].split()
-    return fields[0] not in (b"Z", b"X") and int(fields[19]) == start_time
+        return []
+    return data[data.rindex(b")") + 2 :].split()
 
 
 def kill_and_wait(pid: int, start_time: int, name: str, deadline_s: float) -> str | None:
@@ -66,3 +70,36 @@ def kill_and_wait(pid: int, start_time: int, name: str, deadline_s: float) -> st
         return f"{name} (pid {pid}) survived SIGKILL for {deadline_s:g} s"
     finally:
         os.close(descriptor)
+
+
+def kill_session(leader: int, start_time: int, name: str, deadline_s: float) -> str | None:
+    """SIGKILL every process of the session that this leader made, dead or not, until none is left.
+
+    The kernel gives no number to a new process while a session has it: who has it now with another
+    start time shows that nothing of the session is left.
+    """
+    give_up_at = time.monotonic() + deadline_s
+    now_leads = start_time_ticks(leader)
+    if now_leads is not None and now_leads != start_time:
+        return None
+    while members := _session_members(leader, start_time):
+        for pid, started in members:  # what they start meanwhile is found by the next look
+            left_s = give_up_at - time.monotonic()
+            if left_s <= 0:
+                return f"{name} (session {leader}): process {pid} is left after {deadline_s:g} s"
+            problem = kill_and_wait(pid, started, name, left_s)
+            if problem is not None:
+                return problem
+    return None
+
+
+def _session_members(session: int, not_before: int) -> list[tuple[int, int]]:
+    """Return pid and start time of the session's living processes."""
+    members = []
+    for name in os.listdir("/proc"):
+        fields = _stat_fields(int(name)) if name.isdigit() else []
+        if not fields or fields[0] in _DEAD or int(fields[3]) != session:
+            continue
+        if int(fields[19]) >= not_before:
+            members.append((int(name), int(fields[19])))
+    return members

@@ -34,6 +34,16 @@ def process(fields: Mapping[str, str | int]) -> Outcome:
     return host_process.kill_and_wait(pid, int(fields["start_time"]), name, KILL_DEADLINE_S)
 
 
+def hook(fields: Mapping[str, str | int]) -> Outcome:
+    """Kill what a hook has started, and itself if it lives: all of its session, and wait for it.
+
+    The hook alone has died with its shim; a CNI plugin of its would work beside the poststop hooks.
+    """
+    name = str(fields.get("name", "hook"))
+    pid = int(fields["pid"])
+    return host_process.kill_session(pid, int(fields["start_time"]), name, KILL_DEADLINE_S)
+
+
 def mount(fields: Mapping[str, str | int]) -> Outcome:
     """Lazily unmount `target`; in another mount namespace than its own there is nothing to do."""
     from shimv2 import mounts
@@ -196,7 +206,7 @@ def poststop(fields: Mapping[str, str | int]) -> Outcome:
 
 UNDO: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {
     "process": process,
-    "hook": process,
+    "hook": hook,
     "mount": mount,
     "directory": directory,
     "socket": socket,

@@ -201,6 +201,33 @@ def test_a_recycled_pid_is_spared(tmp_path):
         child.kill()
 
 
+@pytest.mark.parametrize("age", [0, -1])
+def test_what_a_dead_hook_started_is_killed_with_its_session_only(tmp_path, age):
+    script = ["sh", "-c", "sleep 60 & echo $!; exec sleep 60"]
+    with (
+        sleeper() as stranger,
+        subprocess.Popen(script, stdout=subprocess.PIPE, start_new_session=True) as hook,
+    ):
+        assert hook.stdout is not None
+        child = int(hook.stdout.readline())
+        child_start = host_process.start_time_ticks(child)
+        start = host_process.start_time_ticks(hook.pid)
+        assert start is not None
+        assert child_start is not None
+        book = opened(tmp_path)
+        # With another start time it is somebody else's session by now.
+        book.take("hook", name="hook", pid=hook.pid, start_time=start + age)
+        if age == 0:
+            hook.kill()  # as the death signal does, which its child doesn't get
+            hook.wait(5)
+        assert journal.replay(book.path) == []
+        assert host_process.is_alive(child, child_start) == (age != 0)
+        assert stranger.poll() is None
+        assert host_process.kill_and_wait(child, child_start, "child", 5) is None
+        hook.kill()
+        stranger.kill()
+
+
 def test_processes_of_an_earlier_boot_are_spared(tmp_path):
     with sleeper() as child:
         start = host_process.start_time_ticks(child.pid)
