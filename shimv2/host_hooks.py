@@ -47,8 +47,8 @@ AFTERWARDS_LIMIT_S: Final = 30.0
 """For a poststart or poststop hook without a timeout: nothing else bounds Start and Delete.
 Hooks of the creation are bounded by its own deadline."""
 
-REPLAY_LIMIT_S: Final = 3.0
-"""For all poststop hooks of a container in `delete`, which containerd kills after 5 s."""
+_LAST_CHANCE_S: Final = 0.1
+"""For each poststop hook that is replayed when the time of all is over."""
 
 
 class _Armed:
@@ -251,11 +251,11 @@ def _is_there(path: str) -> bool:
     return os.path.exists(path)
 
 
-def run_recorded(path: str) -> str | None:
+def run_recorded(path: str, limit_s: float) -> str | None:
     """Run the poststop hooks recorded at `path`, if that is still to be done; tell of failures.
 
-    Within an event loop they stay recorded, for the next cleanup. They are not tried again: what
-    they could not do in this time they would hold up the next time.
+    `limit_s` is for all of them. They are not tried again: what they could not do in this time they
+    would hold up the next time. Within an event loop they stay recorded, for the next cleanup.
     """
     if trio.lowlevel.in_trio_run():
         return f"{path}: poststop hooks are still to be run" if _is_there(path) else None
@@ -270,16 +270,16 @@ def run_recorded(path: str) -> str | None:
         # Its writer died at it, before the first hook.
         problems = [f"{path} cannot be read: {text[:100]!r}"] if text else []
     else:
-        problems = trio.run(_replay, record)
+        problems = trio.run(_replay, record, limit_s)
     os.unlink(path)
     return "; ".join(problems) or None
 
 
-async def _replay(record: Record) -> list[str]:
-    give_up_at = trio.current_time() + REPLAY_LIMIT_S
+async def _replay(record: Record, limit_s: float) -> list[str]:
+    give_up_at = trio.current_time() + limit_s
     problems = []
     for hook in record.hooks:
-        left_s = max(0.1, give_up_at - trio.current_time())
+        left_s = max(_LAST_CHANCE_S, give_up_at - trio.current_time())
         problem = await _run_hook(
             hook,
             record.container,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from shimv2.errors import FailedPrecondition, ResourceExhausted
@@ -37,6 +38,9 @@ _OWN = {"mount": "target", "poststop": "path"}
 
 DEFERRED = ("poststop", "hook")
 """Kinds whose time is not the sandbox's end: hooks may run until the Delete of their container."""
+
+HOOKS_LIMIT_S = 3.0
+"""For all poststop hooks of one replay: containerd kills `delete` after 5 s."""
 
 _PROCESSES = ("process", "hook")
 
@@ -215,11 +219,15 @@ def replay_all(path: str, *, container: str | None = None) -> list[Left]:
     head, held = read(path)
     same_boot = head is not None and head.boot == boot_id()
     left: list[Left] = []
+    hooks_give_up_ms = int((time.monotonic() + HOOKS_LIMIT_S) * 1000)
     for entry in reversed(held):
         if container is not None and entry.container != container:
             continue
         if entry.kind in _PROCESSES and not same_boot:
             continue
+        if entry.kind == "poststop":
+            fields = {**entry.fields, "give_up_ms": hooks_give_up_ms}
+            entry = entry._replace(fields=fields)
         problem = _undo_one(entry, os.path.dirname(path))
         if problem is not None:
             left.append(Left(entry, problem))

@@ -197,11 +197,15 @@ def network(fields: Mapping[str, str | int]) -> Outcome:
 def poststop(fields: Mapping[str, str | int]) -> Outcome:
     """Run the poststop hooks of a container that a shim left, unless they have been run.
 
-    Not for a running event loop: a living shim runs them itself, at Delete.
+    Until `give_up_ms` of the monotonic clock, which the replay adds. Not for a running event loop:
+    a living shim runs them itself, at Delete.
     """
+    import time
+
     from shimv2.host_hooks import run_recorded
 
-    return run_recorded(str(fields["path"]))
+    left_s = int(fields["give_up_ms"]) / 1000 - time.monotonic()
+    return run_recorded(str(fields["path"]), left_s)
 
 
 UNDO: dict[str, Callable[[Mapping[str, str | int]], Outcome]] = {

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from shimv2.bootstrap import ShimInvocation
 from shimv2.cleanup import remove_state
 from shimv2.errors import InvalidArgument
 from shimv2.hooks import parse_hooks
-from shimv2.journal import Journal, read, replay
+from shimv2.journal import HOOKS_LIMIT_S, Journal, read, replay
 from shimv2.state_dir import StateDir
 from tests.netns.pod import NEEDS_TAPS, Holder
 from tests.netns.test_tap import links
@@ -424,3 +425,15 @@ def test_a_shim_runs_what_an_earlier_one_left_before_it_serves(
     peer.close()
     assert seen == [["stop"]]
     assert not state_dir.exists()
+
+
+def test_poststop_hooks_that_are_replayed_share_one_time(tmp_path: Path, scripts: Scripts) -> None:
+    state_dir = StateDir("k", str(tmp_path / "s"))
+    names = ("c1", "c2", "c3", "c4")
+    left_by_a_killed_shim(state_dir, *((name, scripts.hook(name, "sleep 1000")) for name in names))
+    before = time.monotonic()
+    problems = replay(state_dir.journal)
+    assert time.monotonic() - before < 2 * HOOKS_LIMIT_S
+    assert len(problems) == len(names)
+    assert all("was killed" in problem for problem in problems), problems
+    assert remove_state(state_dir) == []
