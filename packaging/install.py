@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import errno
 import importlib.metadata
 import os
 import py_compile
@@ -125,14 +126,43 @@ SYSTEM_SNIPPET: Final = "/usr/share/doc/kata-shimv2/containerd-kata.toml"
 
 
 def _copy_modules(source: Path, target: Path) -> None:
-    """Replace the modules as a whole; a running sandbox keeps what it has bound."""
+    """Replace the modules as a whole; a running sandbox keeps what it has bound.
+
+    The earlier ones lie beside them, under another name, for as long as one has.
+    """
     if not source.is_dir():
         raise InstallError(f"{source} is missing; run make guest")
     scratch = target.with_name(f".{target.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(source, scratch)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        # The inode is what tells it from others, and is what a sandbox holds.
+        target.rename(target.with_name(f".{target.name}.replaced-{target.stat().st_ino}"))
     scratch.rename(target)
+    for replaced in target.parent.glob(f".{target.name}.replaced-*"):
+        if not _may_be_mounted(replaced.name):
+            shutil.rmtree(replaced)
+
+
+def _may_be_mounted(name: str) -> bool:
+    """Tell whether a directory of this unique name is bound in any mount namespace.
+
+    One that can't be looked into may have it bound.
+    """
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            mounts = (process / "mountinfo").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                continue  # a zombie has no mounts
+            return True
+        # The fourth field is what is mounted, by its present name.
+        roots = (line.split(" ")[3] for line in mounts.splitlines())
+        if any(root.endswith(f"/{name}") for root in roots):
+            return True
+    return False
 
 
 def _install_library(library: Path) -> None:

@@ -109,6 +109,34 @@ def test_installing_again_replaces_the_library_as_a_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.root
+def test_running_sandbox_keeps_the_modules_that_it_has_bound(tmp_path: Path) -> None:
+    install(tmp_path)
+    modules = tmp_path / "usr/share/kata-containers/modules"
+    bound = tmp_path / "bound"
+    bound.mkdir()
+    hold = 'mount --bind "$0" "$1" && echo bound && exec cat'
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", hold, modules, bound],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as sandbox:
+        assert sandbox.stdout is not None
+        assert sandbox.stdout.readline() == b"bound\n"
+        inode = modules.stat().st_ino
+        install(tmp_path)
+        install(tmp_path)
+        assert modules.stat().st_ino != inode
+        (release,) = Path(f"/proc/{sandbox.pid}/root{bound}").iterdir()
+        assert (release / "modules.dep").is_file()
+        (replaced,) = modules.parent.glob(".modules.*")
+        assert replaced.stat().st_ino == inode
+        sandbox.communicate(b"")
+    install(tmp_path)
+    assert not list(modules.parent.glob(".modules.*"))
+    assert len(list(modules.iterdir())) == 1
+
+
+@pytest.mark.root
 @pytest.mark.e2e
 def test_installed_shim_runs_a_container_without_the_checkout(installed: Path) -> None:
     try:
