@@ -7,8 +7,9 @@
 //! meets the child in a pid namespace before it is harmless: it is the first process of a new one,
 //! or, where others live already, it stays in the agent's until everything else is done, and then
 //! forks the sibling that becomes the program. That one is born with the container's root, with the
-//! program's own user and capabilities, and with no descriptor but its streams and its end of the
-//! conversation.
+//! program's own user and capabilities, and with no descriptor but its streams, its end of the
+//! conversation and what the child has just made for it. It shares no memory with the child, which
+//! tells the agent of it and ends.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -176,15 +177,17 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     }
     let last = Last { program, filter, hooks, hook_state, has_terminal };
     if job.needs_sibling() {
-        return clone::sibling(|pidfd| {
-            made.sibling = Some(pidfd);
-            if let Err(status) = last.steps(made, socket) {
-                from_child::fail(socket, &status.message);
-            }
-        })
-        .context(|| "making the process in its pid namespace".to_owned());
+        let sibling = clone::sibling();
+        made.sibling = sibling.context(|| "making the process in its pid namespace".to_owned())?;
+        if made.sibling.is_some() {
+            // All that this process still does: what follows is the sibling's.
+            return from_child::ready(socket, &made).context(|| "ready".to_owned());
+        }
+    } else {
+        from_child::ready(socket, &made).context(|| "ready".to_owned())?;
     }
-    last.steps(made, socket)
+    drop(made);
+    last.steps(socket)
 }
 
 /// What is left to the process that becomes the program.
@@ -197,9 +200,7 @@ struct Last<'a> {
 }
 
 impl Last<'_> {
-    fn steps(self, made: Made, socket: BorrowedFd<'_>) -> Result<()> {
-        from_child::ready(socket, &made).context(|| "ready".to_owned())?;
-        drop(made);
+    fn steps(self, socket: BorrowedFd<'_>) -> Result<()> {
         setsid().context(|| "setsid".to_owned())?;
         if self.has_terminal {
             terminal::take_control()?;

@@ -27,8 +27,6 @@ struct CloneArguments {
 
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const CLONE_PIDFD: libc::c_int = 0x1000;
-/// For the last steps before execve, and for hooks.
-const STACK_BYTES: usize = 256 << 10;
 
 /// Forks; 0 in the child. The child is born inside of the cgroup, so it can't outrun its limits.
 pub fn clone_into(flags: CloneFlags, cgroup: BorrowedFd<'_>) -> io::Result<i32> {
@@ -47,40 +45,26 @@ pub fn clone_into(flags: CloneFlags, cgroup: BorrowedFd<'_>) -> io::Result<i32> 
     i32::try_from(pid).map_err(io::Error::other)
 }
 
-/// Makes a child of this process's own parent, in the cgroup and the namespaces that this process is
-/// in, and in the pid namespace that it has entered for its children; `run`, which is given the
-/// child's pidfd, is all that the child does. Returns when the child has executed a program or has
-/// ended: until then it has this process's memory and descriptors, as with vfork, because a copy
-/// would cost an exec several milliseconds of an emulated machine.
-pub fn sibling<F: FnOnce(OwnedFd)>(run: F) -> io::Result<()> {
-    struct Birth<F> {
-        run: Option<F>,
-        pidfd: libc::c_int,
-    }
-    extern "C" fn begin<F: FnOnce(OwnedFd)>(birth: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: it is the `Birth` below, which lives on while the process that made it waits, and
-        // which that process does not touch again. The descriptor is new, and nobody else's.
-        let (run, pidfd) = unsafe {
-            let birth = &mut *birth.cast::<Birth<F>>();
-            (birth.run.take(), OwnedFd::from_raw_fd(birth.pidfd))
-        };
-        if let Some(run) = run {
-            run(pidfd);
-        }
-        1
-    }
-    let flags = CLONE_PIDFD | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES;
-    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
-    let top = stack.as_mut_ptr_range().end;
-    let birth = &raw mut *Box::new(Birth { run: Some(run), pidfd: -1 });
-    // SAFETY: the child runs `begin` on a stack that nobody else uses, and this thread, the only one
-    // of its process, does not go on before the child has left this memory. The kernel stores the
-    // descriptor where the child then reads it.
-    let made = unsafe {
-        let pidfd = &raw mut (*birth).pidfd;
-        libc::clone(begin::<F>, top.cast(), flags | libc::CLONE_PARENT, birth.cast(), pidfd)
+/// Forks a child of this process's own parent, in the cgroup and the namespaces that this process is
+/// in, and in the pid namespace that it has entered for its children. Returns the child's pidfd;
+/// none in the child, which has a copy of this memory: who meets the child can write to its memory,
+/// and must not write to that of a process outside of its pid namespace.
+pub fn sibling() -> io::Result<Option<OwnedFd>> {
+    let mut pidfd: libc::c_int = -1;
+    let flags = libc::CLONE_PARENT | CLONE_PIDFD;
+    let mut arguments = CloneArguments {
+        flags: u64::from(flags.cast_unsigned()),
+        pidfd: (&raw mut pidfd).expose_provenance() as u64,
+        ..CloneArguments::default()
     };
-    Errno::result(made).map(drop).map_err(io::Error::from)
+    // SAFETY: as above; the kernel stores the descriptor in the parent's memory, which lives on.
+    let pid =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>()) };
+    if Errno::result(pid)? == 0 {
+        return Ok(None);
+    }
+    // SAFETY: the kernel has just made this descriptor for us, so nobody else owns it.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
 /// The process of a pidfd; none if it has ended, reaped or not.
