@@ -172,9 +172,7 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     }
     let program = Program::find(process)?;
     let (hooks, hook_state) = job.hooks();
-    if hooks.is_empty() {
-        program.prepare(filter.as_ref())?;
-    }
+    program.prepare(filter.as_ref())?;
     let last = Last { program, filter, hooks, hook_state, has_terminal };
     if job.needs_sibling() {
         let sibling = clone::sibling();
@@ -206,11 +204,10 @@ impl Last<'_> {
             terminal::take_control()?;
         }
         if from_child::wait_for_go(socket).context(|| "waiting to start".to_owned())? {
-            if !self.hooks.is_empty() {
-                hooks::run(self.hooks, self.hook_state)?;
-                self.program.prepare(self.filter.as_ref())?;
-            }
-            self.program.execute(self.filter.as_ref())?;
+            self.program.confine(self.filter.as_ref())?;
+            // Programs of the image: they may do what the container may, and no more.
+            hooks::run(self.hooks, self.hook_state)?;
+            self.program.execute()?;
         }
         Ok(())
     }

@@ -51,7 +51,7 @@ impl<'a> Program<'a> {
     }
 
     /// Takes on everything of the program's that can be had before its execution: its directory,
-    /// user and capabilities. What a filter takes to be loaded stays until `execute`.
+    /// user and capabilities. What a filter takes to be loaded stays until `confine`.
     pub fn prepare(&self, filter: Option<&Filter>) -> Result<()> {
         let process = self.process;
         give_streams(process);
@@ -73,14 +73,19 @@ impl<'a> Program<'a> {
         if filter.is_some() && !self.process.no_new_privileges { SYS_ADMIN } else { 0 }
     }
 
-    /// Becomes the program; returns only an error. A filter must allow what follows it.
-    pub fn execute(self, filter: Option<&Filter>) -> Result<()> {
+    /// Loads the filter, which must allow all that follows, and gives up what that took.
+    pub fn confine(&self, filter: Option<&Filter>) -> Result<()> {
         if let Some(filter) = filter {
             filter.enforce()?;
         }
         if self.kept_for(filter) != 0 {
             self.capabilities.set(0)?;
         }
+        Ok(())
+    }
+
+    /// Becomes the program; returns only an error.
+    pub fn execute(self) -> Result<()> {
         let Err(error) = execve(&self.path, &self.arguments, &self.environment);
         Err(Status::internal(format!("exec {:?}: {}", self.path, error.desc())))
     }
