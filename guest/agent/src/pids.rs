@@ -5,7 +5,7 @@
 //! one; so the first process makes one at its birth, before it is anybody's, and the agent keeps it.
 
 use std::cell::RefCell;
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 
 use nix::mount::{MntFlags, umount2};
@@ -98,5 +98,9 @@ fn pids_of(container: &Container) -> Result<Pids> {
     let Some(proc) = container.proc.path(id)? else {
         return refuse("it joined another's, or is alone in its sandbox");
     };
-    Ok(Pids { namespace: format!("/proc/{}/ns/pid", container.init.pid), proc })
+    // Opened while its process has not been reaped (that takes an await): by number, a later process
+    // of the guest's own might be meant.
+    let path = format!("/proc/{}/ns/pid", container.init.pid);
+    let namespace = File::open(&path).context(|| format!("opening {path}"))?;
+    Ok(Pids { namespace, proc })
 }

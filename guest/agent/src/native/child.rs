@@ -55,8 +55,7 @@ pub enum Job<'a> {
 
 /// The pid namespace of another container that one joins.
 pub struct Pids {
-    /// Its path.
-    pub namespace: String,
+    pub namespace: File,
     /// Where a procfs of it is mounted: only a process inside could mount another.
     pub proc: String,
 }
@@ -151,8 +150,9 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
         dup2_stderr(&ends.stderr).context(|| "stderr".to_owned())?;
     }
     let mut keep = vec![socket.as_raw_fd()];
-    if let Job::Exec { target, .. } = job {
-        keep.push(target.as_raw_fd());
+    match job {
+        Job::Exec { target, .. } => keep.push(target.as_raw_fd()),
+        Job::Init { joins, .. } => keep.extend(joins.map(|pids| pids.namespace.as_raw_fd())),
     }
     close_others(&mut keep);
     let (process, seccomp) = job.process_and_filter();
@@ -258,7 +258,7 @@ fn enter_new(
 ) -> Result<Option<OwnedFd>> {
     let has_users = users::has_namespace(spec);
     if let Some(pids) = joins {
-        join(&pids.namespace, CloneFlags::CLONE_NEWPID)?; // for what this process forks
+        enter_pids(pids)?;
     }
     if joins.is_some() || !has_users {
         for (path, kind) in shared_namespaces(spec) {
@@ -290,6 +290,15 @@ fn enter_new(
     let proc = proc.context(|| "procfs for other containers".to_owned())?;
     rootfs::enter(spec, sources)?;
     Ok(proc)
+}
+
+/// For what this process forks. The descriptor is closed with that, so that no child has it.
+fn enter_pids(pids: &Pids) -> Result<()> {
+    let namespace = &pids.namespace;
+    setns(namespace, CloneFlags::CLONE_NEWPID).context(|| "joining a pid namespace".to_owned())?;
+    // SAFETY: as in `enter_existing`: this copy's owner is never dropped.
+    unsafe { libc::close(namespace.as_raw_fd()) };
+    Ok(())
 }
 
 fn join(path: &str, kind: CloneFlags) -> Result<()> {
