@@ -157,6 +157,9 @@ impl Agent {
 
     async fn remove(&self, id: &str) -> Result<()> {
         let container = self.container(id)?;
+        // At once: who holds the lock may be waiting for a process that hangs. What fails here fails
+        // again below, and is told there.
+        let _ = container.cgroup.kill();
         let _changing = container.changing.lock().await;
         self.oom.forget(id);
         let init = &container.init;

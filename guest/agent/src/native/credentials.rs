@@ -5,7 +5,8 @@
 
 use std::ffi::CString;
 use std::fs;
-use std::os::unix::fs::DirBuilderExt;
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 
 use nix::errno::Errno;
 use nix::sys::prctl::{set_keepcaps, set_no_new_privs};
@@ -19,6 +20,8 @@ use crate::pb::grpc::Process;
 use crate::status::{Context, Result, Status};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Of /etc/passwd: some ten thousand users.
+const MAX_USERS_BYTES: u64 = 1 << 20;
 
 /// Everything that execve needs, found while errors can still be told at creation.
 pub struct Program<'a> {
@@ -140,12 +143,25 @@ fn check_program(path: &str) -> nix::Result<()> {
 
 /// The user's home by the container's own passwd; "/" for a user it does not know.
 fn home(uid: u32) -> String {
-    let text = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    // Without one that can be read the user is not known either.
+    let text = read_users("/etc/passwd").unwrap_or_default();
     let found = text.lines().find_map(|line| {
         let fields: Vec<&str> = line.split(':').collect();
         (fields.get(2)?.parse() == Ok(uid)).then(|| fields.get(5).map(ToString::to_string))?
     });
     found.filter(|home| !home.is_empty()).unwrap_or_else(|| "/".to_owned())
+}
+
+/// The start of a file of the image, which may have put anything there: a FIFO must not make this
+/// wait, nor a device fill the memory.
+fn read_users(path: &str) -> std::io::Result<String> {
+    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Ok(String::new());
+    }
+    let mut text = Vec::new();
+    file.take(MAX_USERS_BYTES).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// A program that runs as somebody else may open /dev/stdout, which is one of these.
@@ -194,6 +210,17 @@ fn go_into(cwd: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn users_are_read_from_a_file_and_never_waited_for() {
+        let path = format!("/tmp/users-fifo-{}", std::process::id());
+        nix::unistd::mkfifo(path.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let fifo = read_users(&path);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(fifo.unwrap(), "");
+        assert_eq!(read_users("/dev/zero").unwrap(), "");
+        assert!(read_users("/etc/passwd").unwrap().starts_with("root:"));
+    }
 
     #[test]
     fn program_is_found_by_path_or_refused_with_a_reason() {

@@ -47,7 +47,7 @@ use self::sync::Made;
 
 /// From the fork to the program; an emulated guest on a loaded host needs a second.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
-/// From the kill of a cgroup's processes to its being empty.
+/// From the kill of processes to their end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a new process gets as stdin, stdout and stderr.
@@ -158,7 +158,7 @@ pub async fn exec(
         if launched.exit.get().is_none() {
             clone::kill(launched.pid); // it may hang in its program's file system
         }
-        launched.exit.wait().await;
+        ended(&launched.exit).await;
     }
     executed.map(|()| launched)
 }
@@ -195,9 +195,17 @@ async fn launch(
         Ok(made) => Ok((adopt(reaper, made, pid, exit)?, socket)),
         Err(status) => {
             clone::kill(pid);
-            exit.wait().await;
+            ended(&exit).await;
             Err(status)
         }
+    }
+}
+
+/// Waits for a process that was killed, but not for ever: the kernel may keep one that uses a file
+/// system or a device which does not answer.
+async fn ended(exit: &Exit) {
+    if tokio::time::timeout(KILL_TIMEOUT, exit.wait()).await.is_err() {
+        crate::warn!("a process that did not come up has been killed, and is still there");
     }
 }
 

@@ -61,7 +61,9 @@ fn slave(master: &OwnedFd, flags: OFlag) -> nix::Result<OwnedFd> {
 
 /// By descriptors: /proc does not always know this process.
 fn bind_console(slave: &OwnedFd) -> std::io::Result<()> {
-    let flags = OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_RDONLY;
+    // The image may have put a FIFO there, which must not make this wait.
+    let only = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let flags = OFlag::O_CREAT | OFlag::O_CLOEXEC | OFlag::O_RDONLY | only;
     drop(nix::fcntl::open("/dev/console", flags, Mode::from_bits_truncate(0o600))?);
     let flags = OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
     let place = nix::fcntl::open("/dev/console", flags, Mode::empty())?;
