@@ -16,6 +16,7 @@ from tests.harness.ctr import KATA, RUNTIME, Ctr, Terminal, fresh_id
 from tests.harness.nerdctl import Nerdctl, NerdctlMissing
 from tests.harness.oci_image import BUSYBOX_IMAGE
 from tests.harness.parts import find_shims
+from tests.harness.patience import patient
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -48,7 +49,7 @@ def nerdctl(node: Node, ctr: Ctr) -> Iterator[Nerdctl]:
 
 def soon(ask: Callable[[], str], wanted: str, deadline_s: float = 20) -> str:
     """Ask until the answer has `wanted` in it: that a server listens, no event tells."""
-    deadline = time.monotonic() + deadline_s
+    deadline = time.monotonic() + patient(deadline_s)
     while wanted not in (answer := ask()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert wanted in answer
@@ -233,7 +234,7 @@ def test_interfaces_that_docker_makes_after_create_come_and_go(node: Node, ctr: 
         soon(look, "10.95.0.2/24")
         node.run(["busybox", "ping", "-c", "2", "-W", "5", "10.95.0.2"])
         node.run(["ip", "link", "delete", "ktdocker"])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patient(60)
         while "eth0" in look() and time.monotonic() < deadline:
             time.sleep(0.1)  # the guest's kernel lets the device go in its own time
         assert "eth0" not in look()
