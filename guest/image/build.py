@@ -65,8 +65,9 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
 def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
     """Write vmlinux, initrd.img, manifest.json and modules/ into `output`; return the manifest.
 
-    They are replaced one by one, each at once, so that a reader never sees half of one.
-    Raises KernelError or OSError; nothing in `output` is changed then.
+    They are replaced one by one, the modules first, so that a reader never sees half of one. The
+    modules of other releases stay, because sandboxes that run these kernels have `modules/` bound.
+    Raises KernelError or OSError; nothing in `output` is changed if an input was the reason.
     """
     init = agent.read_bytes()  # first, because it is the input most likely to be missing
     with tempfile.TemporaryDirectory(prefix="guest-image-") as scratch:
@@ -90,9 +91,9 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     contents = {"vmlinux": elf, "initrd.img": initrd, "manifest.json": text.encode()}
+    _replace_directory(output / "modules" / package.release, offered)
     for name, data in contents.items():
         _replace(output / name, data)
-    _replace_directory(output / "modules" / package.release, offered)
     return manifest
 
 
@@ -129,18 +130,19 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def _replace_directory(target: Path, contents: dict[str, bytes]) -> None:
+    """Put a complete directory at `target`; it is missing only from one rename to the next."""
     if target.is_dir() and {path.name: path.read_bytes() for path in target.iterdir()} == contents:
         return
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     for name, data in contents.items():
         (partial / name).write_bytes(data)
-    # A running sandbox keeps what it has bound; directories of other kernels are of no use.
-    shutil.rmtree(target, ignore_errors=True)
-    partial.replace(target)
-    for other in target.parent.iterdir():
-        if other != target:
-            shutil.rmtree(other)
+    aside = target.with_name(f"{partial.name}.old")
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -49,6 +49,21 @@ def test_two_builds_give_the_same_bytes(agent: Path, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_rebuild_replaces_its_release_and_leaves_others_to_the_sandboxes_that_have_them(
+    agent: Path, package: kernel.KernelPackage, tmp_path: Path
+) -> None:
+    modules = tmp_path / "modules"
+    others = (package.release, "1.2.3-old", f".{package.release}.1")  # the last: another build's
+    for name in others:
+        (modules / name).mkdir(parents=True)
+        (modules / name / "stale.ko").touch()
+    made = build.build(agent, tmp_path, CACHE)["modules"]["files"]
+    assert {path.name for path in modules.iterdir()} == set(others)
+    assert len(list((modules / package.release).iterdir())) == made
+    assert not (modules / package.release / "stale.ko").exists()
+    assert all((modules / name / "stale.ko").exists() for name in others[1:])
+
+
 def test_modules_are_listed_after_what_they_depend_on(package: kernel.KernelPackage) -> None:
     order = [path.name.split(".")[0].replace("-", "_") for path in kernel.module_order(package)]
     assert len(order) == len(set(order))
