@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import select
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from tests.bench.figure import Aim, Figure, rounds
 from tests.harness.ctr import KATA, RUNC, Ctr, fresh_id
 from tests.harness.ctr_pod import bind
 from tests.harness.kubelet import PodVolumes
+from tests.harness.patience import patient
 from tests.integration.volumes import PYTHON, probe
 
 if TYPE_CHECKING:
@@ -51,16 +53,23 @@ def _updates(ctr: Ctr) -> list[float]:
     assert process.stdout is not None
     samples = []
     try:
-        process.stdout.readline()
+        _line(process.stdout)
         for turn in rounds(20, 30):
             time.sleep(random.uniform(0, _TURN_S))
             volumes.write_atomically(config, {"key": f"turn {turn}"})
             began = time.perf_counter()
-            assert json.loads(process.stdout.readline())[0] == f"turn {turn}"
+            assert json.loads(_line(process.stdout))[0] == f"turn {turn}"
             samples.append((time.perf_counter() - began) * 1000)
     finally:
         ctr.remove(container)
-        process.wait(30)
+        process.wait(patient(30))
         process.stdout.close()
         volumes.remove()
     return samples
+
+
+def _line(stream: IO[bytes]) -> bytes:
+    """Return the next of the lines that come one at a time, a whole one each."""
+    ready, _, _ = select.select([stream], [], [], patient(60))
+    assert ready, f"the container has said nothing for {patient(60):g} s"
+    return stream.readline()
