@@ -197,7 +197,7 @@ class ContainerdDaemon:
         if self._process is None:
             return
         os.kill(self.pid, signal.SIGKILL)
-        self._process.wait(10)
+        self._process.wait(patient(10))
         self._process = None
 
     def restart(self) -> None:
