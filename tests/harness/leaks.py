@@ -172,9 +172,11 @@ def _loop_devices(node: Node) -> Iterator[tuple[str, str]]:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     for line in listing.stdout.splitlines():
-        name, device, file = line.split(maxsplit=2)
-        if device in of_node - of_machine:
-            yield name, file
+        match line.split(maxsplit=2):
+            case name, device, file if device in of_node - of_machine:
+                yield name, file
+            case _:
+                pass  # of the machine's, or freed while losetup looked: then it has no file
 
 
 def _files(node: Node, root: str) -> Iterator[str]:
