@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,10 +212,12 @@ class Node:
 
     def cgroups(self) -> list[Path]:
         """Return the cgroup directories, of every hierarchy, that bear the node's name."""
+        own = re.compile(rf"{self.name}(?!\d)")  # kt1n1 has no part in what is kt1n10's
         found: list[Path] = []
         for mountpoint in _cgroup_mounts():
             for parent, names, _ in os.walk(mountpoint):
-                found += [Path(parent, name) for name in names if self.name in f"{parent}/{name}"]
+                paths = [Path(parent, name) for name in names]
+                found += [path for path in paths if own.search(str(path))]
         return found
 
     def _start_holder(self) -> None:
