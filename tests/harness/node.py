@@ -76,13 +76,17 @@ class Node:
 
     def stop(self) -> None:
         """End every process of the node and remove its cgroups. Safe to call again."""
-        if self._holder is not None:
-            # The kernel reports PID 1 dead only after every process of its namespace is.
-            os.kill(self.pid or self._holder.pid, signal.SIGKILL)
-            self._holder.wait(10)
-            self._holder = None
-            self._reap_started()
-        self._remove_cgroups()
+        try:
+            if self._holder is not None:
+                # The kernel reports PID 1 dead only after every process of its namespace is.
+                os.kill(self.pid or self._holder.pid, signal.SIGKILL)
+                self._holder.wait(patient(10))
+                self._holder = None
+        finally:
+            try:
+                self._reap_started()
+            finally:
+                self._remove_cgroups()
 
     def __enter__(self) -> Self:
         self.start()
@@ -261,10 +265,11 @@ class Node:
         self.pid = int(children[0])
 
     def _reap_started(self) -> None:
-        for process in self._started:
+        while self._started:
+            process = self._started.pop()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            process.wait(10)
+            process.wait(patient(10))
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     with contextlib.suppress(BrokenPipeError):
