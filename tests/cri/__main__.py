@@ -64,7 +64,8 @@ def check(suite: Suite, handler: str) -> list[str]:
     started = time.monotonic()
     outcomes = suite.run(handler)
     seconds = time.monotonic() - started
-    wanted = expected.of_run(expected.read_list(), handler, suite.version.major)
+    listed, features = expected.read_list(), expected.of_machine()
+    wanted = expected.of_run(listed, handler, suite.version.major, features)
     show(outcomes, wanted)
     counts = Counter(each.outcome for each in outcomes)
     run = f"{handler}, containerd {suite.version.name}"

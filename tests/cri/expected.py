@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from tests.cri.critest import Outcome
 
 LIST = Path(__file__).with_name("expected.toml")
+#: Features of machines, each with the file that says Y where it is on.
+FEATURES = {"apparmor": Path("/sys/module/apparmor/parameters/enabled")}
 
 
 @dataclass(frozen=True)
 class Expected:
     """That a spec doesn't pass: `outcome` is `fails` or `skipped`.
 
-    `on` are the runtimes' handlers, `containerd` the major versions.
+    `on` are the runtimes' handlers, `containerd` the major versions. `unless` is a feature of the
+    machine with which it does not hold.
     """
 
     spec: str
@@ -33,6 +36,7 @@ class Expected:
     on: tuple[str, ...]
     reason: str
     containerd: tuple[int, ...] = (1, 2)
+    unless: str = ""
 
 
 def read_list(path: Path = LIST) -> list[Expected]:
@@ -43,8 +47,10 @@ def read_list(path: Path = LIST) -> list[Expected]:
         on, outcome, reason = tuple(group["on"]), group["outcome"], group["reason"]
         if outcome not in {"fails", "skipped"} or not on or not reason or not group["specs"]:
             raise ValueError(f"{path.name}: the group of {group['specs']} is not complete")
-        versions = tuple(group.get("containerd", both))
-        found += [Expected(spec, outcome, on, reason, versions) for spec in group["specs"]]
+        versions, unless = tuple(group.get("containerd", both)), group.get("unless", "")
+        if unless not in {"", *FEATURES}:
+            raise ValueError(f"{path.name}: no such feature of a machine: {unless}")
+        found += [Expected(spec, outcome, on, reason, versions, unless) for spec in group["specs"]]
     runs = Counter(
         (each.spec, handler, major)
         for each in found
@@ -57,9 +63,22 @@ def read_list(path: Path = LIST) -> list[Expected]:
     return found
 
 
-def of_run(listed: Iterable[Expected], handler: str, major: int) -> dict[str, Expected]:
+def of_machine() -> set[str]:
+    """Return the features that this machine has."""
+    return {
+        name for name, file in FEATURES.items() if file.exists() and file.read_text().strip() == "Y"
+    }
+
+
+def of_run(
+    listed: Iterable[Expected], handler: str, major: int, features: Collection[str] = ()
+) -> dict[str, Expected]:
     """Return what is expected of one runtime with one containerd, by the specs' names."""
-    return {each.spec: each for each in listed if handler in each.on and major in each.containerd}
+    return {
+        each.spec: each
+        for each in listed
+        if handler in each.on and major in each.containerd and each.unless not in features
+    }
 
 
 def differences(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cri.critest import Outcome
-from tests.cri.expected import Expected, differences, of_run, read_list
+from tests.cri.expected import FEATURES, Expected, differences, of_machine, of_run, read_list
 
 _SPECS = 113  # of critest 1.34
 LISTED = [Expected("a b", "fails", ("kata",), "no such thing in a VM")]
@@ -29,6 +29,18 @@ def test_entry_for_one_containerd_says_nothing_of_the_other():
     old = [Expected("a b", "fails", ("kata",), "too old", (1,))]
     assert list(of_run(old, "kata", 1)) == ["a b"]
     assert of_run(old, "kata", 2) == {}
+
+
+def test_entry_for_machines_without_a_feature_says_nothing_of_those_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bare = [Expected("a b", "skipped", ("kata",), "no AppArmor", unless="apparmor")]
+    enabled = tmp_path / "enabled"
+    monkeypatch.setitem(FEATURES, "apparmor", enabled)
+    for content, listed in ((None, ["a b"]), ("N\n", ["a b"]), ("Y\n", [])):
+        if content:
+            enabled.write_text(content)
+        assert list(of_run(bare, "kata", 2, of_machine())) == listed
 
 
 def test_failure_that_is_not_listed_is_told_with_its_message():
