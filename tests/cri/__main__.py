@@ -47,10 +47,13 @@ class Suite:
     only: list[str]
 
     def run(self, handler: str) -> list[Outcome]:
-        """Run the specs on one runtime, two parts at a time."""
+        """Run the specs on one runtime, two parts at a time; RuntimeError when none was run."""
         with ThreadPoolExecutor(len(_PARTS)) as pool:
             parts = [pool.submit(self._run_part, handler, part) for part in _PARTS.values()]
-            return [outcome for part in parts for outcome in part.result()]
+            outcomes = [outcome for part in parts for outcome in part.result()]
+        if missing := critest.unmatched(self.only or [""], outcomes):
+            raise RuntimeError(f"critest ran no spec that matches one of {missing}")
+        return outcomes
 
     def _run_part(self, handler: str, options: list[str]) -> list[Outcome]:
         focus = [f"--ginkgo.focus={expression}" for expression in self.only]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def run(node: Node, handler: str, options: Sequence[str], *, timeout_s: float) -
     """Run the specs that critest's `options` choose; its output goes to the log directory.
 
     The node must serve critest's images (tests/cri/images.py). Raises RuntimeError with the
-    output's last lines when critest leaves no report.
+    output's last lines when critest leaves no report, and when it failed outside of the specs.
     """
     log = node.log_directory / f"{node.name}-critest-{handler}.log"
     report = node.path(_REPORT)
@@ -53,8 +53,21 @@ def run(node: Node, handler: str, options: Sequence[str], *, timeout_s: float) -
     return _read(json.loads(report.read_text()))
 
 
+def unmatched(expressions: Iterable[str], outcomes: Sequence[Outcome]) -> list[str]:
+    """Return those of the expressions for specs' names for which none has been run."""
+    return [
+        expression
+        for expression in expressions
+        if not any(re.search(expression, each.spec) for each in outcomes)
+    ]
+
+
 def _read(reports: list[dict[str, Any]]) -> list[Outcome]:
     specs = [spec for report in reports for spec in report["SpecReports"] or []]
+    for spec in specs:
+        if spec["LeafNodeType"] != "It" and spec["State"] not in _OUTCOMES:
+            message = (spec.get("Failure") or {}).get("Message", "")
+            raise RuntimeError(f"critest's {spec['LeafNodeType']} {spec['State']}: {message}")
     return [
         _outcome(spec) for spec in specs if spec["LeafNodeType"] == "It" and not _not_chosen(spec)
     ]
