@@ -83,6 +83,25 @@ def test_exec_in_a_stopped_container_is_refused(ctr: Ctr) -> None:
     ctr.remove(container)
 
 
+def test_exec_joins_init_where_its_container_has_divided_its_cgroup(
+    ctr: Ctr, kata_only: None
+) -> None:
+    """As systemd and Docker do in one: the kernel lets no process into the cgroup itself then."""
+    container = fresh_id("divided")
+    mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=rw"
+    ctr.start(container, "sleep", "1000", options=["--privileged", "--mount", mount])
+    script = (
+        "here=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup); mkdir $here/init && "
+        "for pid in 1 $$; do echo $pid >$here/init/cgroup.procs || exit 1; done; "
+        "echo +pids >$here/cgroup.subtree_control"
+    )
+    divided = ctr.exec(container, "sh", "-c", script)
+    assert divided.returncode == 0, divided
+    done = ctr.exec(container, "cat", "/proc/self/cgroup")
+    assert done.stdout.endswith("/init\n"), done
+    ctr.remove(container)
+
+
 @pytest.mark.timeout(900)
 def test_200_execs_in_a_row_leave_the_shim_as_it_was(ctr: Ctr) -> None:
     container = fresh_id("many")

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -38,6 +38,15 @@ impl Cgroup {
     pub fn create(&self) -> io::Result<OwnedFd> {
         fs::create_dir(&self.path)?;
         Ok(File::open(&self.path)?.into())
+    }
+
+    /// Opens the directory of the one that a process is in: this one, or one that the container has
+    /// made below it. `lists` is the process's `/proc/<pid>/cgroup`.
+    pub fn open_member(&self, lists: &str) -> io::Result<OwnedFd> {
+        let below = below(&self.name, lists).ok_or_else(|| {
+            io::Error::other(format!("the container's init has left {}", self.path.display()))
+        })?;
+        Ok(File::open(self.path.join(below))?.into())
     }
 
     pub fn write(&self, file: &str, value: &str) -> io::Result<()> {
@@ -130,6 +139,14 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     fs::remove_dir(path)
 }
 
+/// The path of a process's cgroup (version 2) below the one with this name; none if it is elsewhere.
+fn below<'a>(name: &str, lists: &'a str) -> Option<&'a str> {
+    let path = lists.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let rest = path.strip_prefix(name)?;
+    let below = if rest.is_empty() { rest } else { rest.strip_prefix('/')? };
+    Path::new(below).components().all(|part| matches!(part, Component::Normal(_))).then_some(below)
+}
+
 /// The value of a `key value` line.
 pub fn field(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
@@ -145,4 +162,21 @@ pub fn prepare_parent() -> io::Result<()> {
         fs::create_dir(&path)?;
     }
     crate::boot::enable_controllers(&path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_of_a_process_is_found_only_below_its_container_s() {
+        assert_eq!(below("/kata/c1", "12:cpu:/x\n0::/kata/c1/init.scope\n"), Some("init.scope"));
+        assert_eq!(below("/kata/c1", "0::/kata/c1\n"), Some(""));
+        assert_eq!(below("/kata/c1", "0::/kata/c1/a/b\n"), Some("a/b"));
+        for elsewhere in
+            ["0::/kata/c10\n", "0::/\n", "0::/kata/c1/../c2\n", "0::/kata/c1//etc\n", ""]
+        {
+            assert_eq!(below("/kata/c1", elsewhere), None, "{elsewhere}");
+        }
+    }
 }

@@ -12,6 +12,7 @@
 //! tells the agent of it and ends.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -48,6 +49,8 @@ pub enum Job<'a> {
         process: &'a Process,
         seccomp: Option<&'a LinuxSeccomp>,
         target: BorrowedFd<'a>,
+        /// Opens the cgroup of the container's init, which may be below the container's own.
+        init_cgroup: &'a dyn Fn() -> io::Result<OwnedFd>,
         /// The container has users of its own.
         own_users: bool,
     },

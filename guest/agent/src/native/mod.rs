@@ -31,7 +31,7 @@ mod users;
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -149,7 +149,15 @@ pub async fn exec(
     // Without it there would be neither limits nor the filter of devices.
     let directory = File::open(&cgroup.path).context(|| "the container's cgroup".to_owned())?;
     let own_users = init.own_users;
-    let job = Job::Exec { process, seccomp, target: target.as_fd(), own_users };
+    let init_cgroup = || {
+        let lists = std::fs::read_to_string(format!("/proc/{}/cgroup", init.pid))?;
+        // By number: it has to be the process of the pidfd still.
+        clone::living_process(target.as_fd())?
+            .ok_or_else(|| std::io::Error::other("the container's init has ended"))?;
+        cgroup.open_member(&lists)
+    };
+    let target = target.as_fd();
+    let job = Job::Exec { process, seccomp, target, init_cgroup: &init_cgroup, own_users };
     let (launched, socket) = launch(reaper, job, io, directory.into()).await?;
     users::set_limits(launched.pid, &process.rlimits)?;
     sync::tell(&socket).await.context(|| "telling the process to start".to_owned())?;
@@ -174,10 +182,8 @@ async fn launch(
         ProcessIo::Pipes(ends) => Standard::Pipes(ends),
         ProcessIo::Terminal => Standard::Terminal,
     };
-    let flags = job.clone_flags();
-    let cloned = clone::in_namespaces(&job.namespaces_at_birth(), || {
-        clone::clone_into(flags, cgroup.as_fd())
-    });
+    let cloned =
+        clone::in_namespaces(&job.namespaces_at_birth(), || clone_into(&job, cgroup.as_fd()));
     let pid = match cloned.context(|| "making a process".to_owned())? {
         0 => child::run(&job, &standard, theirs),
         pid => pid,
@@ -206,6 +212,20 @@ async fn launch(
 async fn ended(exit: &Exit) {
     if tokio::time::timeout(KILL_TIMEOUT, exit.wait()).await.is_err() {
         crate::warn!("a process that did not come up has been killed, and is still there");
+    }
+}
+
+/// Forks into the container's cgroup. One that has controllers for cgroups below it takes no process
+/// (systemd and Docker in a container do that to theirs): an exec goes to where its init is then.
+fn clone_into(job: &Job<'_>, cgroup: BorrowedFd<'_>) -> std::io::Result<i32> {
+    let flags = job.clone_flags();
+    match (clone::clone_into(flags, cgroup), job) {
+        (Err(error), Job::Exec { init_cgroup, .. })
+            if error.kind() == std::io::ErrorKind::ResourceBusy =>
+        {
+            clone::clone_into(flags, init_cgroup()?.as_fd())
+        }
+        (made, _) => made,
     }
 }
 
