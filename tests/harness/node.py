@@ -69,7 +69,7 @@ class Node:
             self._configure_shim()
             pod_network.configure(self)
             self.containerd.start()
-            self._import_images()
+            self.import_images(self.name, CRI_NAMESPACE)
         except BaseException:
             self.stop()
             raise
@@ -279,9 +279,10 @@ class Node:
         for name, text in configurations(BUILD / "etc").items():
             self.write(f"{CONFIGURATION.rpartition('/')[0]}/{name}", text)
 
-    def _import_images(self) -> None:
+    def import_images(self, *namespaces: str) -> None:
+        """Import the tests' busybox and pause image into namespaces of containerd."""
         for archive in _images():
-            for namespace in (self.name, CRI_NAMESPACE):
+            for namespace in namespaces:
                 self.run(["ctr", "-n", namespace, "images", "import", str(archive)])
 
     def _remove_cgroups(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness.ctr import KATA, RUNTIME, Ctr, Terminal, fresh_id
 from tests.harness.nerdctl import Nerdctl, NerdctlMissing
-from tests.harness.oci_image import BUSYBOX_IMAGE
+from tests.harness.oci_image import BUSYBOX_IMAGE, PAUSE_IMAGE
 from tests.harness.parts import find_shims
 from tests.harness.patience import patient
 
@@ -211,10 +211,7 @@ def test_interfaces_that_docker_makes_after_create_come_and_go(node: Node, ctr: 
     """Docker from 26 on: no hook, no path; it works on the namespace of the task's pid."""
     container = fresh_id("docker")
     docker = ["ctr", "-n", "moby"]
-    archive = node.run(["ctr", "images", "export", "/tmp/busybox.tar", BUSYBOX_IMAGE])
-    assert archive.returncode == 0
-    node.run([*docker, "images", "import", "/tmp/busybox.tar"])
-    node.run(["rm", "/tmp/busybox.tar"])
+    node.import_images("moby")
     run = ["run", "-d", "--null-io", "--runtime", RUNTIME, "--cgroup", f"/{node.name}/{container}"]
     try:
         node.run([*docker, *run, BUSYBOX_IMAGE, container, "sleep", "1000"])
@@ -241,4 +238,4 @@ def test_interfaces_that_docker_makes_after_create_come_and_go(node: Node, ctr: 
     finally:
         node.run([*docker, "task", "rm", "-f", container], check=False)
         node.run([*docker, "container", "rm", container], check=False)
-        node.run([*docker, "images", "rm", "--sync", BUSYBOX_IMAGE], check=False)
+        node.run([*docker, "images", "rm", "--sync", BUSYBOX_IMAGE, PAUSE_IMAGE], check=False)
