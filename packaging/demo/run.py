@@ -46,6 +46,7 @@ ACCELERATORS: Final = {
 }
 # The shim's marks (shimv2/boot.py, sandbox.py, container.py) in words.
 PHASES: Final = {
+    "prepared": "configuration and parts checked",
     "helpers": "virtiofsd and vsock device up",
     "rootfs": "root file system mounted",
     "launch": "about to launch the VMM",
