@@ -37,7 +37,7 @@ _Millis = dict[str, list[float]]
 
 
 def measure_ready(node: Node) -> Iterator[Figure]:
-    """RunPodSandbox, CreateContainer and StartContainer, and what of it is the network's."""
+    """RunPodSandbox, CreateContainer and StartContainer of a pod with a network."""
     ours, runc = Crictl(node, "kata"), Crictl(node, "runc")
     walls: _Millis = defaultdict(list)
     for _ in rounds(8, 60):
