@@ -227,19 +227,22 @@ def test_a_cgroup_that_cant_be_made_is_refused_and_the_journal_knows_it(tmp_path
     journal.close()
 
 
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "60"])
+
+
 async def test_a_move_tells_which_directory_refused(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "cgroup.procs").write_text("")
     directories = [str(tmp_path / "one"), str(tmp_path / "two")]
-    async with Move.start([os.getpid()], directories) as move:
-        failures = await move.done()
+    # A process without children: a plain file keeps only what is written last.
+    with sleeper() as process:
+        async with Move.start([process.pid], directories) as move:
+            failures = await move.done()
+        process.kill()
     assert list(failures) == [directories[1]]
     assert failures[directories[1]].strerror == "No such file or directory"
-    assert (tmp_path / "one" / "cgroup.procs").read_text() == str(os.getpid())
-
-
-def sleeper() -> subprocess.Popen[bytes]:
-    return subprocess.Popen(["sleep", "60"])
+    assert (tmp_path / "one" / "cgroup.procs").read_text() == str(process.pid)
 
 
 async def test_a_move_that_is_stuck_in_the_kernel_holds_nobody_up(
