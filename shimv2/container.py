@@ -66,9 +66,11 @@ class Host(Protocol):
 
     events: TaskEvents
     log: Log
-    ended: trio.Event
-    timeline: Timeline
 
+    @property
+    def timeline(self) -> Timeline: ...
+    @property
+    def ended(self) -> trio.Event: ...
     @property
     def agent(self) -> AgentClient: ...
     @property

@@ -27,7 +27,7 @@ from shimv2.pb import containerd_sandbox_pb2 as pb
 from shimv2.pod_spec import member_bundle, pod_bundle, pod_config, pod_files
 from shimv2.process import KILLED_STATUS, ProcessExit, exit_now
 from shimv2.runtime_options import config_path_of_start
-from shimv2.sandbox import Creation
+from shimv2.sandbox_creation import Creation
 from shimv2.start import write_file
 from shimv2.stdio import parse_stdio
 from shimv2.task_events import set_timestamp

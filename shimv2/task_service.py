@@ -28,8 +28,9 @@ from shimv2.pb import containerd_events_pb2 as events_pb
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
 from shimv2.runtime_options import config_path
-from shimv2.sandbox import Creation, Sandbox
+from shimv2.sandbox import Sandbox
 from shimv2.sandbox_cgroup import host_hierarchies
+from shimv2.sandbox_creation import Creation
 from shimv2.state_dir import REPORTS_ROOT
 from shimv2.stdio import parse_stdio
 from shimv2.task_events import Publisher, TaskEvents, set_timestamp

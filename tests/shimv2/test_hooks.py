@@ -19,6 +19,7 @@ import trio.testing
 from shimv2 import daemon
 from shimv2.bootstrap import ShimInvocation
 from shimv2.cleanup import remove_state
+from shimv2.config import AgentConfig, RuntimeConfig
 from shimv2.errors import InvalidArgument
 from shimv2.hooks import parse_hooks
 from shimv2.journal import HOOKS_LIMIT_S, Journal, read, replay
@@ -278,8 +279,9 @@ class TestOnTheHost:
         self, tmp_path: Path, scripts: Scripts
     ) -> None:
         hooks = {"createRuntime": [scripts.hook("hang", "sleep 1000")]}
-        async with ShimBench(tmp_path).running() as shim:
-            error = await refusal(shim.create(config=spec(hooks=hooks), timeout_s=1))
+        config = RuntimeConfig(agent=AgentConfig(create_container_timeout_s=1))
+        async with ShimBench(tmp_path, config).running() as shim:
+            error = await refusal(shim.create(config=spec(hooks=hooks)))
             assert error.code == Code.DEADLINE_EXCEEDED
             assert "running hook createRuntime[0]" in str(error)
 

@@ -60,7 +60,9 @@ async def test_kill_during_the_boot_aborts_it(tmp_path: Path) -> None:
         assert not shim.state_dir.exists()
 
 
-async def test_a_guest_that_never_boots_ends_in_its_deadline_with_a_report(tmp_path: Path) -> None:
+async def test_a_guest_that_never_boots_ends_in_its_deadline_with_a_report(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     async with ShimBench(tmp_path).running() as shim:
         shim.agent_reports = False
 
@@ -98,7 +100,9 @@ async def test_a_short_boot_deadline_leaves_time_to_dial_an_agent_that_does_not_
         assert (await shim.wait()).exit_status == 0
 
 
-async def test_no_boot_lasts_longer_than_its_deadline(tmp_path: Path) -> None:
+async def test_no_boot_lasts_longer_than_its_deadline(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     config = RuntimeConfig(agent=AgentConfig(readiness="auto", dial_timeout_s=0.6))
     async with ShimBench(tmp_path, config).running() as shim:
 
@@ -300,7 +304,9 @@ async def test_the_death_of_the_vm_while_it_boots_fails_create_with_the_reason(
         assert "SIGSEGV" in str(error)
 
 
-async def test_an_agent_that_never_answers_create_ends_in_the_deadline(tmp_path: Path) -> None:
+async def test_an_agent_that_never_answers_create_ends_in_the_deadline(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     async with ShimBench(tmp_path).running() as shim:
         shim.agent.hang("CreateContainer")
         error = await refusal(shim.create(timeout_s=2))
