@@ -1,39 +1,33 @@
-"""A running Cloud Hypervisor: supervision, events, console, and the verbs of a virtual machine."""
+"""A running Cloud Hypervisor: events, console, and what its API does for a machine's verbs."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 from typing import TYPE_CHECKING, Final, Literal
 
 import trio
 
 from .clh_devices import API, ClhDevices
 from .clh_events import EndFacts, EventStream, classify
-from .console import ConsoleRing
 from .errors import ControlError
 from .machine import VmEventKind
-from .supervision import VmEvents, read_console, wait_process
+from .supervised import QUIT_GRACE_S, SupervisedMachine
+from .supervision import read_console
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
 
-    from trio import TaskStatus
-
-    from .child import Child
+    from .child import Child, ChildExit
     from .clh_events import MonitorEvent
     from .disk_nodes import DiskNodes
     from .http_api import HttpApi
-    from .machine import Device, GuestAddress, MachineSpec, VmEvent, VmExit
+    from .machine import GuestAddress, MachineSpec, VmExit
 
-# After the process has ended everything it sent is in our socket buffers; this is only a guard.
-DRAIN_DEADLINE_S: Final = 0.5
-QUIT_GRACE_S: Final = 1.0
 EVENT_CHUNK_BYTES: Final = 65536
 
 
-class ClhMachine:
+class ClhMachine(SupervisedMachine[ClhDevices]):
     """Implements `VirtualMachine`. Made by `CloudHypervisor.launch`."""
 
     accelerator: Literal["kvm"] = "kvm"
@@ -49,33 +43,13 @@ class ClhMachine:
         nodes: DiskNodes | None,
         directory: str,
     ) -> None:
-        self.pid = child.pid
-        self.console = ConsoleRing(spec.console_bytes)
-        self.exit: VmExit | None = None
+        super().__init__(spec, child, ClhDevices(spec, api, child.pid, nodes, directory))
         self.dropped_monitor_events = 0
-        self._child = child
         self._api = api
         self._monitor = monitor
         self._console_socket = console
         self._resources = contextlib.AsyncExitStack()
-        self._devices = ClhDevices(spec, api, child.pid, nodes, directory)
         self._facts = EndFacts()
-        self._ending = trio.Event()
-        self._exited = trio.Event()
-        self._events = VmEvents()
-
-    def __repr__(self) -> str:
-        return f"<ClhMachine pid={self.pid} exit={self.exit}>"
-
-    @property
-    def events(self) -> trio.MemoryReceiveChannel[VmEvent]:
-        """See `VirtualMachine.events`."""
-        return self._events.receive
-
-    @property
-    def addresses(self) -> Mapping[str, GuestAddress]:
-        """See `VirtualMachine.addresses`."""
-        return self._devices.addresses
 
     def place(self, addresses: Mapping[str, GuestAddress]) -> None:
         """Take where the guest finds the devices of the specification; part of the launch."""
@@ -85,69 +59,6 @@ class ClhMachine:
         """Take what the launch made, the process first of all; released by `aclose`."""
         self._resources = resources
 
-    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """See `VirtualMachine.run`."""
-        try:
-            async with trio.open_nursery() as nursery:
-                read_to_end = trio.Event()
-                nursery.start_soon(self._child.run)
-                nursery.start_soon(self._read_to_end, read_to_end)
-                task_status.started()
-                await wait_process(self._child, self._ending)
-                # Its end is no answer: those who wait for one must not wait for their deadline.
-                self._api.close()
-                self._devices.on_end()
-                with trio.move_on_after(DRAIN_DEADLINE_S):
-                    await read_to_end.wait()
-                nursery.cancel_scope.cancel()
-        finally:
-            await self.aclose()
-
-    async def wait_exited(self) -> VmExit:
-        """See `VirtualMachine.wait_exited`."""
-        await self._exited.wait()
-        assert self.exit is not None
-        return self.exit
-
-    async def shutdown(self, grace_s: float) -> VmExit:
-        """See `VirtualMachine.shutdown`. Cancelled halfway, the VMM may live on."""
-        if grace_s > 0 and await self._ask("vm.power-button"):
-            with trio.move_on_after(grace_s):
-                return await self.wait_exited()
-        # Not SIGKILL at once: this flushes what block devices still hold.
-        self._facts.told_to_quit = True
-        await self._ask("vmm.shutdown")
-        with trio.move_on_after(QUIT_GRACE_S):
-            return await self.wait_exited()
-        self.kill()
-        return await self.wait_exited()
-
-    def kill(self) -> None:
-        """See `VirtualMachine.kill`."""
-        self._child.send_signal(signal.SIGKILL)
-
-    async def aclose(self) -> None:
-        """See `VirtualMachine.aclose`. Idempotent; sets the exit when nothing else did."""
-        await self._resources.aclose()
-        self._devices.close()
-        self._conclude()
-
-    async def attach(self, device: Device) -> GuestAddress:
-        """See `VirtualMachine.attach`."""
-        return await self._devices.attach(device)
-
-    async def detach(self, device_id: str) -> None:
-        """See `VirtualMachine.detach`."""
-        await self._devices.detach(device_id)
-
-    async def resize_vcpus(self, count: int) -> int:
-        """See `VirtualMachine.resize_vcpus`."""
-        return await self._devices.resize_vcpus(count)
-
-    async def resize_memory(self, mib: int) -> int:
-        """See `VirtualMachine.resize_memory`."""
-        return await self._devices.resize_memory(mib)
-
     async def pause(self) -> None:
         """See `VirtualMachine.pause`."""
         await self._api.request("PUT", f"{API}/vm.pause")
@@ -156,6 +67,14 @@ class ClhMachine:
         """See `VirtualMachine.resume`."""
         await self._api.request("PUT", f"{API}/vm.resume")
 
+    async def _ask_guest_to_end(self) -> bool:
+        return await self._ask("vm.power-button")
+
+    async def _ask_vmm_to_end(self) -> bool:
+        self._facts.told_to_quit = True
+        await self._ask("vmm.shutdown")
+        return True
+
     async def _ask(self, action: str) -> bool:
         try:
             await self._api.request("PUT", f"{API}/{action}", timeout_s=QUIT_GRACE_S)
@@ -163,12 +82,23 @@ class ClhMachine:
             return False
         return True
 
-    async def _read_to_end(self, done: trio.Event) -> None:
+    def _on_process_end(self) -> None:
+        # Its end is no answer: those who wait for one must not wait for their deadline.
+        self._api.close()
+        self._devices.on_end()
+
+    async def _read_to_end(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read_console, self._console_socket, self.console, self._child)
             await self._read_monitor()
             self._ending.set()
-        done.set()
+
+    async def _release(self) -> None:
+        await self._resources.aclose()
+        self._devices.close()
+
+    def _judge(self, ending: ChildExit) -> VmExit:
+        return classify(ending, self._facts, self._child.stderr_tail)
 
     async def _read_monitor(self) -> None:
         stream = EventStream()
@@ -213,10 +143,3 @@ class ClhMachine:
             self._events.emit(kind, detail)
         self._ending.set()
         self.kill()
-
-    def _conclude(self) -> None:
-        if self.exit is not None or self._child.exit is None:
-            return
-        self.exit = classify(self._child.exit, self._facts, self._child.stderr_tail)
-        self._exited.set()
-        self._events.end(self.exit.reason)
