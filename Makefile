@@ -81,7 +81,7 @@ check: lint shim ## Lint, types and the tests that need no root: quick
 
 .PHONY: test
 test: setup tools guest shim lint-agent ## Everything, virtual machines under real containerds included
-	$(PYTHON) -m pytest -v $(TESTS)
+	@$(PYTHON) -m tests.second_run $(TESTS)
 
 .PHONY: test-kvm
 test-kvm: setup tools guest shim ## The end-to-end tests on an emulated node with KVM, with each VMM found
