@@ -175,6 +175,22 @@ class Terminal:
         """Change the window; the kernel sends SIGWINCH to ctr."""
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
+    def resize_until(self, rows: int, columns: int, text: str, timeout_s: float = 30) -> None:
+        """Change the window, as often as it takes until `text` shows up.
+
+        ctr listens for changes from when its first Resize was answered. One that comes between
+        that and its look at the window is lost, and nothing tells when it has begun.
+        """
+        deadline = time.monotonic() + patient(timeout_s)
+        while True:
+            # No signal comes of a size that the window has already.
+            self.resize(rows, columns - 1)
+            self.resize(rows, columns)
+            again = time.monotonic() + patient(1)
+            if self._read_until(text.encode(), min(again, deadline)) is not None:
+                return
+            assert time.monotonic() < deadline, self._missing(text, timeout_s)
+
     def send(self, text: str) -> None:
         os.write(self._master, text.encode())
 
@@ -183,16 +199,25 @@ class Terminal:
 
         (ctr leaves OPOST on, so that a line's end passes two terminals that add one each.)
         """
-        wanted, deadline = text.encode(), time.monotonic() + patient(timeout_s)
+        before = self._read_until(text.encode(), time.monotonic() + patient(timeout_s))
+        assert before is not None, self._missing(text, timeout_s)
+        return before.decode(errors="replace")
+
+    def _missing(self, text: str, timeout_s: float) -> str:
+        return f"no {text!r} within {patient(timeout_s):g} s; seen: {self._seen!r}"
+
+    def _read_until(self, wanted: bytes, deadline: float) -> bytes | None:
+        """Take what comes before `wanted`, and it; None when it doesn't come in time."""
         while wanted not in self._seen:
-            ready, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
-            assert ready, f"no {text!r} within {patient(timeout_s):g} s; seen: {self._seen!r}"
+            left_s = max(0.0, deadline - time.monotonic())
+            if not select.select([self._master], [], [], left_s)[0]:
+                return None
             try:
                 self._seen += os.read(self._master, 65536).replace(b"\r", b"")
             except OSError:  # EIO: the other side is closed
-                raise AssertionError(f"terminal closed before {text!r}: {self._seen!r}") from None
+                raise AssertionError(f"terminal closed before {wanted!r}: {self._seen!r}") from None
         before, _, self._seen = self._seen.partition(wanted)
-        return before.decode(errors="replace")
+        return before
 
     def close(self) -> int:
         """Wait for the process to end and return its status."""
