@@ -25,7 +25,7 @@ from typing import IO, Self
 from tests.harness import oci_image, pod_network, registry, vmm
 from tests.harness.configuration import CONFIGURATION, configurations
 from tests.harness.containerd_daemon import ADDRESS, ContainerdDaemon, ContainerdVersion, tool_cache
-from tests.harness.patience import patient
+from tests.harness.patience import patient, read_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / "build"
@@ -207,7 +207,7 @@ class Node:
             [*program, *map(str, archives)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
-        if process.stdout.readline() != b"ready\n":
+        if read_line(process.stdout) != b"ready\n":
             raise RuntimeError("the node's registry didn't start")
 
     def signal(self, pid: int, name: str) -> None:
@@ -258,7 +258,7 @@ class Node:
         log.close()
         assert self._holder.stdout is not None
         with self._holder.stdout as answer:
-            if answer.readline() != b"ready\n":
+            if read_line(answer) != b"ready\n":
                 raise RuntimeError(f"no namespaces for a node, see {log.name}")
         unshare = self._holder.pid
         children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()

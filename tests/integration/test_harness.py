@@ -12,6 +12,7 @@ import pytest
 from tests.harness.ctr import RUNC, Ctr, fresh_id
 from tests.harness.leaks import take_snapshot, wait_for_no_leaks
 from tests.harness.node import Node
+from tests.harness.patience import read_line
 
 Planter = Callable[[Node], contextlib.AbstractContextManager[object]]
 
@@ -30,7 +31,7 @@ def background(node: Node, *argv: str) -> Iterator[None]:
     assert process.stdout is not None
     assert process.stdin is not None
     with process.stdout, process.stdin:
-        assert process.stdout.readline()
+        assert read_line(process.stdout)
         yield
         for found in node.processes():
             if found.parent == 0 and found.comm == "python3":
