@@ -66,11 +66,6 @@ def changed_configuration(node: Node, change: Callable[[str], str]) -> Iterator[
         node.write(CONFIGURATION, text)
 
 
-def with_line(text: str, table: str, line: str) -> str:
-    """Add a line to a table."""
-    return text.replace(f"[{table}]\n", f"[{table}]\n{line}\n", 1)
-
-
 def with_value(text: str, key: str, value: str) -> str:
     """Set a key whose line, or whose comment with the default, the file has to a TOML value."""
     changed, count = re.subn(rf"(?m)^(# )?{key} = .*$", lambda _: f"{key} = {value}", text)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.configuration import changed_configuration, with_line
+from tests.harness.configuration import drop_in
 from tests.harness.containerd_api import Tasks
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.oci_image import BUSYBOX_IMAGE, busybox_entries, write_rootfs
 from tests.harness.parts import VIRTIOFSD, find_parts, find_shims
+from tests.harness.vmm import NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("kata_only")
 
 
-def without_sharing(text: str) -> str:
-    return with_line(text, "hypervisor.qemu", 'shared_fs = "none"\nrootfs_image_size = 256')
+_UNSHARED = f'[hypervisor.{NAME}]\nshared_fs = "none"\nrootfs_image_size = 256\n'
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_without_sharing_the_root_is_a_disk_and_small_files_are_copies_that_foll
     node.path(cache).mkdir(parents=True)
     node.path(cache).chmod(0o2777)
     container = fresh_id("unshared")
-    with changed_configuration(node, without_sharing):
+    with drop_in(node, _UNSHARED):
         ctr.start(
             container,
             "sleep",
@@ -246,7 +246,7 @@ def test_a_raw_device_is_a_node_and_a_direct_volume_is_mounted_inside(
 
 def test_a_killed_shim_leaves_no_image_and_no_mount(node: Node, ctr: Ctr) -> None:
     container = fresh_id("killed")
-    with changed_configuration(node, without_sharing):
+    with drop_in(node, _UNSHARED):
         ctr.start(container, "sleep", "1000")
         (shim,) = find_shims(ctr)
         node.signal(shim.pid, "KILL")
