@@ -85,7 +85,7 @@ test: setup tools guest shim lint-agent ## Everything, virtual machines under re
 
 .PHONY: test-kvm
 test-kvm: setup tools guest shim ## The end-to-end tests on an emulated node with KVM, with each VMM found
-	@$(PYTHON) -m tests.kvm_node.suite $(if $(TESTS),-- $(TESTS))
+	@$(PYTHON) -m tests.kvm_node.suite $(addprefix --vmm ,$(VMM)) $(if $(TESTS),-- $(TESTS))
 
 .PHONY: kvm-node
 kvm-node: ## Run CMD on an emulated node with KVM; of what it writes only WRITABLE stays

@@ -24,6 +24,8 @@ from hypervisors.registry import DEFAULT_PROGRAMS, canonical_name, find_hypervis
 NAME = canonical_name(os.environ.get("KATA_TEST_HYPERVISOR", "qemu"))
 #: The backends, and the names of their programs.
 PROGRAMS = {name: Path(path).name for name, path in DEFAULT_PROGRAMS.items()}
+#: What the end-to-end tests run with: a backend, or `backend:machine type` beside its usual one.
+SETUPS = (*PROGRAMS,)
 _CAN_EMULATE = {"qemu"}
 _MIB_FOR_CAPABILITIES = 1024
 
@@ -39,13 +41,14 @@ def find_program(name: str) -> Path | None:
     return Path(found).resolve() if found and Path(found).exists() else None
 
 
-def missing(name: str) -> str:
-    """Say why a backend can't be tested here; empty when it can."""
+def missing(setup: str, *, has_kvm: bool = False) -> str:
+    """Say why a backend can't be tested here, or where there is KVM; empty when it can."""
+    name = setup.partition(":")[0]
     if find_program(name) is None:
         program = PROGRAMS.get(name, name)
-        return f"{name}: no {program} in PATH and {variable(name)} names none"
-    problem = None if name in _CAN_EMULATE else accel.kvm_problem()
-    return f"{name} needs KVM: {problem}" if problem else ""
+        return f"{setup}: no {program} in PATH and {variable(name)} names none"
+    problem = None if has_kvm or name in _CAN_EMULATE else accel.kvm_problem()
+    return f"{setup} needs KVM: {problem}" if problem else ""
 
 
 def process_name(name: str = NAME) -> str:
