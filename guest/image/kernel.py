@@ -63,9 +63,9 @@ class KernelPackage:
         return self.root / "boot" / f"vmlinuz-{self.release}"
 
 
-def fetch(cache: Path, work: Path) -> KernelPackage:
+def fetch(cache: Path, work: Path, metapackages: tuple[str, ...] = METAPACKAGES) -> KernelPackage:
     """Download (into `cache`, once for each version) and unpack the kernel package below `work`."""
-    names, version = _resolve()
+    names, version = _resolve(metapackages)
     root = work / "kernel"
     shutil.rmtree(root, ignore_errors=True)
     for name in names:
@@ -82,9 +82,9 @@ def fetch(cache: Path, work: Path) -> KernelPackage:
     return KernelPackage(package=names[0], version=version, release=releases[0], root=root)
 
 
-def _resolve() -> tuple[tuple[str, ...], str]:
+def _resolve(metapackages: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     """Name the packages (image, and modules where they are apart) and their version."""
-    for meta in METAPACKAGES:
+    for meta in metapackages:
         image = _dependency(meta, "linux-image-")
         if image is None:
             continue
@@ -94,7 +94,7 @@ def _resolve() -> tuple[tuple[str, ...], str]:
             names.append(modules)
         return tuple(names), _candidate(image)
     raise KernelError(
-        f"no package {' or '.join(METAPACKAGES)} is known to apt; run apt-get update, and check"
+        f"no package {' or '.join(metapackages)} is known to apt; run apt-get update, and check"
         " that the distribution's main archive is among its sources"
     )
 

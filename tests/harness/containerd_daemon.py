@@ -63,6 +63,10 @@ _SANDBOX_API = """\
     privileged_without_host_devices = true
 """
 
+# How long containerd waits for shims, in seconds: as patient as the tests. A `delete` that it kills
+# halfway leaves what it has not come to.
+# Source: containerd core/runtime/v2/shim.go, plugins/services/tasks/local.go; 1.6 has the same.
+_TIMEOUTS_S = {"shim.cleanup": 5, "shim.load": 5, "shim.shutdown": 3, "task.state": 2}
 
 # A snapshotter of 2.x whose snapshots are ext4 in files, which begin as copies of an empty one.
 # Source: containerd docs/snapshotters/blockfile.md.
@@ -157,6 +161,9 @@ class ContainerdDaemon:
         if self.version.major > 1:
             config += self._blockfile()
             config += _SANDBOX_API
+        config += "[timeouts]\n"
+        for name, seconds in _TIMEOUTS_S.items():
+            config += f'  "io.containerd.timeout.{name}" = "{patient(seconds):g}s"\n'
         self._node.write("/etc/containerd/config.toml", config)
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with notify, self.log_path.open("ab") as log:
