@@ -167,6 +167,7 @@ class Machine:
         self._is_closing = False
         self._helper_loss = ""
         self._vmm_hung_up = False
+        self._launch_failed = trio.Event()
         self.launched = trio.Event()
         self.vm: VirtualMachine | None = None
         self.agent: AgentClient | None = None
@@ -315,7 +316,11 @@ class Machine:
         if self._before_launch is not None:
             await self._before_launch()
         self._timeline.mark("launch")
-        self.vm = await self._machinery.hypervisor.launch(spec, record=self._record)
+        try:
+            self.vm = await self._machinery.hypervisor.launch(spec, record=self._record)
+        except BaseException:
+            self._launch_failed.set()
+            raise
         await self._jobs.start(self._supervise_vm)
         self._timeline.mark("launched")
         self.launched.set()
@@ -377,6 +382,11 @@ class Machine:
     async def _lost(self, reason: str) -> None:
         if self._is_closing:
             return
+        if self.vm is None and self._vmm_hung_up:
+            # A launch that fails ends its VMM, and then says why.
+            with trio.move_on_after(_HUNG_UP_S):
+                await self._launch_failed.wait()
+                return
         if self.vm is not None:
             # Its own supervisor reports the end.
             with trio.move_on_after(_BETTER_REASON_S):

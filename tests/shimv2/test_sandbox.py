@@ -414,3 +414,17 @@ async def test_a_daemon_that_goes_in_order_waits_for_the_end_of_its_vmm(tmp_path
         assert (await shim.wait()).exit_status == 137
         failed = shim.log.named("sandbox failed")
         assert "the guest powered off" in str(failed[0]["reason"])
+
+
+async def test_a_launch_that_fails_says_why_though_its_daemons_end_first(tmp_path: Path) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+
+        async def give_up(_: object) -> None:
+            shim.machine.die()
+            shim.hypervisor.helper("virtiofsd").die(code=0)
+            await trio.testing.wait_all_tasks_blocked()
+            raise LaunchFailed("qemu", "gave no answer within 15 s", [])
+
+        shim.hypervisor.on_launch = give_up
+        error = await refusal(shim.create())
+        assert "gave no answer within 15 s" in str(error)
