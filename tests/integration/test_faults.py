@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness.configuration import changed_configuration, with_value
+from tests.harness.configuration import changed_configuration, drop_in, with_value
 from tests.harness.containerd_api import CallFailed, EventLog, Tasks, field_values
 from tests.harness.ctr import Ctr, fresh_id
 from tests.harness.parts import DAEMONS, VMM, find_one, find_shims
 from tests.harness.patience import patient
 from tests.harness.shim_client import ShimClient
+from tests.harness.vmm import NAME
 
 if TYPE_CHECKING:
     from tests.harness.node import Node
@@ -173,6 +174,41 @@ def test_stopped_vmm_does_not_stop_state_or_kill(node: Node, ctr: Ctr, tasks: Ta
     assert time.monotonic() - begin < patient(20)
     assert tasks.delete(container) == 137
     ctr.remove(container)
+
+
+_MUTE_VMM = "#!/bin/sh\nexec sleep 1000\n"
+# Lives, and closes the socket of its API.
+_REFUSING_VMM = """\
+#!/usr/bin/python3
+import socket, time
+for fd in range(3, 64):
+    try:
+        one = socket.socket(fileno=fd)
+    except OSError:
+        continue
+    if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        one.detach()
+    one = None
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("way", ["refuses", "mute"])
+def test_vmm_that_is_not_to_be_talked_to_is_given_up(node: Node, ctr: Ctr, way: str) -> None:
+    if way == "mute" and node.version.major < 2:
+        pytest.skip("a deadline of 15 s or more: waited for once is enough")
+    node.write("/tmp/vmm", _REFUSING_VMM if way == "refuses" else _MUTE_VMM)
+    node.path("/tmp/vmm").chmod(0o755)
+    container = fresh_id(way)
+    with drop_in(node, f'[hypervisor.{NAME}]\npath = "/tmp/vmm"\n'):
+        begin = time.monotonic()
+        done = ctr.run(container, "true")
+        assert time.monotonic() - begin < patient(45)
+    assert done.returncode != 0
+    assert NAME in done.stderr
+    assert "before it was ready" in done.stderr
+    ctr.remove(container)
+    node.path("/tmp/vmm").unlink()
 
 
 def short_deadline(text: str) -> str:
