@@ -51,7 +51,9 @@ while :; do
   for block in /sys/devices/system/memory/memory*/state; do
     [ -e $block ] && [ "$(cat $block)" = offline ] && echo online > $block
   done
-  disks=; for d in /sys/block/vd*; do [ -e $d ] && disks="$disks $(readlink $d)"; done
+  disks=; for d in /sys/block/vd*; do
+    [ -e $d ] && [ "$(cat $d/size)" != 0 ] && disks="$disks $(readlink $d)"
+  done
   nets=; for n in /sys/class/net/eth*; do [ -e $n ] && nets="$nets $(cat $n/address)"; done
   cpus=$(grep -c ^processor /proc/cpuinfo)
   mem=$(awk '/^MemTotal/{print int($2/131072)}' /proc/meminfo)

@@ -2,7 +2,7 @@
 
 A backend of another distribution is tested by adding it to `tests/harness/vmm.py`; nothing below
 knows which one it talks to. Machines are ended long before their guest is up, so a test takes
-tenths of a second.
+tenths of a second; test_contract_guest.py, the other half, waits for it.
 """
 
 from __future__ import annotations
