@@ -28,10 +28,12 @@ METAPACKAGES: Final = ("linux-image-cloud-amd64", "linux-image-virtual")
 # travels over it; everything that a pod nearly always uses follows.
 BOOT_MODULES: Final = (
     "virtio_pci",
+    "virtio_mmio",
     "vmw_vsock_virtio_transport",
     "virtiofs",
     "virtio_rng",
     "pvpanic-pci",
+    "pvpanic-mmio",
     "overlay",
     "virtio_blk",
     "virtio_net",

@@ -5,7 +5,7 @@
 //! for the first mount, which the kernel announces by running its `modprobe`: this program. What only
 //! some workloads need is not in the image at all: see `modprobe`.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
@@ -22,6 +22,7 @@ const LIST: &str = "/etc/modules";
 const TRANSPORT: &str = "vmw_vsock_virtio_transport";
 const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+const PLATFORM_DEVICES: &str = "/sys/bus/platform/devices";
 
 /// What makes a module worth loading.
 #[derive(Clone, Copy, PartialEq)]
@@ -30,13 +31,23 @@ enum Need {
     Virtio(u32),
     /// A PCI device whose modalias begins so.
     Pci(&'static str),
+    /// A device that the firmware's tables describe, by its ACPI id.
+    Acpi(&'static str),
     /// Somebody asks the kernel for it.
     Request,
 }
 
-const PVPANIC: Need = Need::Pci("pci:v00001B36d00000011");
-/// Modules that wait. One that is not here is loaded at the start.
-const ON_DEMAND: [(&str, Need); 14] = [
+/// Any PCI device: a machine with such a bus has its virtio devices there.
+const VIRTIO_BY_PCI: Need = Need::Pci("pci:");
+const VIRTIO_BY_MMIO: Need = Need::Acpi("LNRO0005");
+const PVPANIC_BY_PCI: Need = Need::Pci("pci:v00001B36d00000011");
+const PVPANIC_BY_PORT: Need = Need::Acpi("QEMU0001");
+/// Modules that wait, each for any of its needs. One that is not here is loaded at the start.
+const ON_DEMAND: [(&str, Need); 20] = [
+    ("virtio_pci_modern_dev", VIRTIO_BY_PCI),
+    ("virtio_pci_legacy_dev", VIRTIO_BY_PCI),
+    ("virtio_pci", VIRTIO_BY_PCI),
+    ("virtio_mmio", VIRTIO_BY_MMIO),
     ("failover", Need::Virtio(1)),
     ("net_failover", Need::Virtio(1)),
     ("virtio_net", Need::Virtio(1)),
@@ -48,8 +59,10 @@ const ON_DEMAND: [(&str, Need); 14] = [
     ("fuse", Need::Virtio(26)),
     ("virtiofs", Need::Virtio(26)),
     ("virtio_pmem", Need::Virtio(27)),
-    ("pvpanic", PVPANIC),
-    ("pvpanic_pci", PVPANIC),
+    ("pvpanic", PVPANIC_BY_PCI),
+    ("pvpanic", PVPANIC_BY_PORT),
+    ("pvpanic_pci", PVPANIC_BY_PCI),
+    ("pvpanic_mmio", PVPANIC_BY_PORT),
     ("overlay", Need::Request),
 ];
 
@@ -73,8 +86,8 @@ pub fn name_of(path: &str) -> String {
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-fn need_of(name: &str) -> Option<Need> {
-    ON_DEMAND.iter().find(|(known, _)| *known == name).map(|(_, need)| *need)
+fn needs_of(name: &str) -> impl Iterator<Item = Need> {
+    ON_DEMAND.iter().filter(move |(known, _)| *known == name).map(|(_, need)| *need)
 }
 
 thread_local! {
@@ -86,9 +99,11 @@ thread_local! {
 pub fn load_transport() {
     OWNED.with(|owned| owned.set(true));
     let list = fs::read_to_string(LIST).unwrap_or_default();
+    let present = Present::default();
     for entry in entries(&list) {
         let name = name_of(entry.path);
-        if need_of(&name).is_none() {
+        let mut needs = needs_of(&name).peekable();
+        if needs.peek().is_none() || needs.any(|need| present.has(need)) {
             load_or_tell(&entry);
         }
         if name == TRANSPORT {
@@ -98,44 +113,64 @@ pub fn load_transport() {
 }
 
 /// Devices that no request ever waits for.
-const PATIENT: [Need; 3] = [Need::Virtio(4), Need::Virtio(5), PVPANIC];
+const PATIENT: [Need; 4] = [Need::Virtio(4), Need::Virtio(5), PVPANIC_BY_PCI, PVPANIC_BY_PORT];
 
 /// Loads what the machine's devices need before requests can use them; cheap when nothing is new.
 pub fn load_for_devices() {
-    load_where(|need| !need.is_some_and(|need| PATIENT.contains(&need)));
+    load_where(|need| !PATIENT.contains(&need));
 }
 
 /// Loads what the machine's other devices need.
 pub fn load_the_rest() {
-    load_where(|need| need.is_some_and(|need| PATIENT.contains(&need)));
+    load_where(|need| PATIENT.contains(&need));
 }
 
-fn load_where(chosen: impl Fn(Option<Need>) -> bool) {
+/// Loads what waits for a device that is there and `chosen`; what waits for none is always chosen.
+fn load_where(chosen: impl Fn(Need) -> bool) {
     if !OWNED.with(Cell::get) {
         return;
     }
     let list = fs::read_to_string(LIST).unwrap_or_default();
-    let virtio = modaliases(VIRTIO_DEVICES);
-    let pci = modaliases(PCI_DEVICES);
+    let present = Present::default();
     for entry in entries(&list) {
         let name = name_of(entry.path);
-        let need = need_of(&name);
-        if !chosen(need) {
-            continue;
-        }
-        let wanted = match need {
-            None => true,
-            Some(Need::Virtio(kind)) => {
-                let alias = format!("virtio:d{kind:08X}");
-                virtio.iter().any(|present| present.starts_with(&alias))
-            }
-            Some(Need::Pci(alias)) => pci.iter().any(|present| present.starts_with(alias)),
-            Some(Need::Request) => false,
-        };
-        if wanted {
+        let mut needs = needs_of(&name).peekable();
+        if needs.peek().is_none() || needs.any(|need| chosen(need) && present.has(need)) {
             load_or_tell(&entry);
         }
     }
+}
+
+/// The machine's devices, read when first asked for.
+#[derive(Default)]
+struct Present {
+    virtio: OnceCell<Vec<String>>,
+    pci: OnceCell<Vec<String>>,
+}
+
+impl Present {
+    fn has(&self, need: Need) -> bool {
+        match need {
+            VIRTIO_BY_PCI => !names(PCI_DEVICES).is_empty(),
+            Need::Virtio(kind) => {
+                let alias = format!("virtio:d{kind:08X}");
+                let aliases = self.virtio.get_or_init(|| modaliases(VIRTIO_DEVICES));
+                aliases.iter().any(|present| present.starts_with(&alias))
+            }
+            Need::Pci(alias) => {
+                let aliases = self.pci.get_or_init(|| modaliases(PCI_DEVICES));
+                aliases.iter().any(|present| present.starts_with(alias))
+            }
+            // Such a device is called by its id and a number.
+            Need::Acpi(id) => names(PLATFORM_DEVICES).iter().any(|name| name.starts_with(id)),
+            Need::Request => false,
+        }
+    }
+}
+
+fn names(directory: &str) -> Vec<String> {
+    let Ok(devices) = fs::read_dir(directory) else { return Vec::new() };
+    devices.flatten().filter_map(|device| device.file_name().into_string().ok()).collect()
 }
 
 fn modaliases(directory: &str) -> Vec<String> {
@@ -175,7 +210,7 @@ pub fn load_file(path: &Path, parameters: &str) -> io::Result<()> {
 pub fn load_by_name(alias: &str, parameters: &str) -> Result<()> {
     let name = alias.strip_prefix("fs-").unwrap_or(alias).replace('-', "_");
     let list = fs::read_to_string(LIST).context(|| LIST.to_owned())?;
-    let need = need_of(&name);
+    let needs: Vec<Need> = needs_of(&name).collect();
     for entry in entries(&list) {
         let listed = name_of(entry.path);
         let what = || format!("loading kernel module {listed}");
@@ -183,7 +218,7 @@ pub fn load_by_name(alias: &str, parameters: &str) -> Result<()> {
             let own = if parameters.is_empty() { entry.parameters } else { parameters };
             return load(entry.path, own).context(what);
         }
-        if need.is_some() && need_of(&listed) == need {
+        if needs_of(&listed).any(|need| needs.contains(&need)) {
             load(entry.path, entry.parameters).context(what)?;
         }
     }
@@ -203,6 +238,7 @@ mod tests {
         let read: Vec<_> =
             entries(list).map(|entry| (name_of(entry.path), entry.parameters)).collect();
         assert_eq!(read, [("virtio_rng".to_owned(), ""), ("a_b".to_owned(), "x=1 y=2")]);
-        assert!(need_of("virtio_rng") == Some(Need::Virtio(4)) && need_of("a_b").is_none());
+        assert!(needs_of("virtio_rng").any(|need| need == Need::Virtio(4)));
+        assert_eq!((needs_of("pvpanic").count(), needs_of("a_b").count()), (2, 0));
     }
 }
