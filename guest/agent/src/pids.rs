@@ -95,6 +95,9 @@ fn pids_of(container: &Container) -> Result<Pids> {
     if container.init.exit.get().is_some() {
         return refuse("it has ended");
     }
+    if !container.started.get() {
+        return refuse("it has not been started, and its process is the agent's copy until then");
+    }
     let Some(proc) = container.proc.path(id)? else {
         return refuse("it joined another's, or is alone in its sandbox");
     };

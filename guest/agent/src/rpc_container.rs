@@ -70,8 +70,10 @@ impl Agent {
         }
         let terminal = spec.process.as_ref().is_some_and(|process| process.terminal);
         let hook_state = native::hook_state(&id, &bundle.to_string_lossy());
+        let bounding = spec::bounding_capabilities(&spec);
+        self.note_capabilities(bounding);
         if self.is_init {
-            modprobe::prepare_for(spec::bounding_capabilities(&spec));
+            modprobe::prepare_for(bounding);
         }
         let blueprint = native::Blueprint {
             spec: &spec,

@@ -36,10 +36,15 @@ impl Agent {
             return Err(Status::new(Code::FailedPrecondition, text));
         }
         container.admit_exec(&request.exec_id)?;
+        let sets = process.capabilities.as_ref();
+        self.note_capabilities(sets.map_or(&[], |sets| &sets.bounding));
         let (launched, io) = self
             .launch(process.terminal, async |io| {
-                let pid = container.init.pid;
-                let init = native::Init { pid, own_users: container.own_users };
+                let init = native::Init {
+                    pid: container.init.pid,
+                    own_users: container.own_users,
+                    is_watched: self.has_tracers.get(),
+                };
                 let (seccomp, cgroup) = (container.seccomp.as_ref(), &container.cgroup);
                 native::exec(&self.reaper, &process, seccomp, init, cgroup, io).await
             })

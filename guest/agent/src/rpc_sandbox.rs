@@ -10,6 +10,7 @@ use crate::pb::grpc;
 use crate::reaper::Reaper;
 use crate::settle::Settling;
 use crate::status::{Context, Result};
+use crate::turns::Turns;
 
 /// Version of the agent API. Source: kata agent protocol, Health.Version.
 const API_VERSION: &str = "0.0.1";
@@ -23,6 +24,8 @@ impl Agent {
             containers: RefCell::default(),
             sandbox: RefCell::default(),
             mounted: RefCell::default(),
+            mounting: Turns::default(),
+            has_tracers: Cell::new(false),
             oom: OomEvents::new().context(|| "inotify".to_owned())?,
             settling: Settling::default(),
             ending: Cell::new(false),

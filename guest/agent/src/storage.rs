@@ -48,6 +48,8 @@ impl Agent {
         for storage in storages {
             let target = storage.mount_point.clone();
             check_target(&target)?;
+            // Another request may be at the same one; what is found or made here is counted at once.
+            let _turn = self.mounting.take(&target).await;
             let present = self.mounted.borrow_mut().get_mut(&target).map(|mounted| {
                 mounted.users += 1;
             });

@@ -7,26 +7,22 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, Metadata};
+use std::fs;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, renameat};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use crate::pb::grpc::Storage;
 use crate::status::{Context, Result};
 use crate::storage::mount_storage;
-use crate::{beneath, warn};
+use crate::{beneath, replace, warn};
 
 /// A tree that is larger at first is bound as it is: changes are seen, but have no events.
 const AT_FIRST: Limits = Limits { entries: 128, bytes: 2 << 20 };
@@ -36,6 +32,8 @@ const TMPFS_OPTIONS: [&str; 3] = ["mode=0755", "size=32m", "nr_inodes=16384"];
 /// Longer than the second for which virtio-fs answers from what it remembers.
 const INTERVAL: Duration = Duration::from_millis(1100);
 const FIRST_TURNS: u32 = 3;
+/// Half a minute between two looks at a tree that can't be copied.
+const MAX_PAUSE_DOUBLINGS: u32 = 5;
 /// The link that leads to the present content of kubelet's volumes.
 const DATA_LINK: &str = "..data";
 
@@ -103,8 +101,9 @@ async fn first_copy(source: &Path, target: OwnedFd) -> io::Result<Copied> {
 async fn follow(source: PathBuf, mut copied: Copied) {
     // A change between the first copy and now is found by the first look.
     let mut link = None;
+    let mut trouble = Trouble::default();
     loop {
-        tokio::time::sleep_until(next_look()).await;
+        tokio::time::sleep_until(next_look(trouble.pause())).await;
         copied.sweep();
         let seen = fs::read_link(source.join(DATA_LINK)).ok();
         if seen.is_some() && seen == link {
@@ -117,19 +116,42 @@ async fn follow(source: PathBuf, mut copied: Copied) {
             Err(error) => Err(error),
         };
         match done {
-            Ok(()) => link = seen,
+            Ok(()) => (link, trouble) = (seen, Trouble::default()),
             // Changed meanwhile: all of it is looked at again.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => warn!("copying {}: {error}", source.display()),
+            Err(error) => trouble.happened(&source, &error),
+        }
+    }
+}
+
+/// What goes wrong again and again is told once, and tried less and less often.
+#[derive(Default)]
+struct Trouble {
+    times: u32,
+    text: String,
+}
+
+impl Trouble {
+    /// How many looks to leave out.
+    fn pause(&self) -> u128 {
+        (1 << self.times.min(MAX_PAUSE_DOUBLINGS)) - 1
+    }
+
+    fn happened(&mut self, source: &Path, error: &io::Error) {
+        let text = format!("copying {}: {error}", source.display());
+        self.times += 1;
+        if text != self.text {
+            warn!("{text}");
+            self.text = text;
         }
     }
 }
 
 /// All trees are looked at together, so that an idle guest wakes up once.
-fn next_look() -> Instant {
+fn next_look(pause: u128) -> Instant {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let first = *FIRST.get_or_init(Instant::now);
-    let turns = first.elapsed().as_millis() / INTERVAL.as_millis() + 1;
+    let turns = first.elapsed().as_millis() / INTERVAL.as_millis() + 1 + pause;
     first + INTERVAL * u32::try_from(turns).unwrap_or(u32::MAX)
 }
 
@@ -181,17 +203,19 @@ impl Copied {
     /// configmap's `..data` link never points at nothing.
     fn bring(&mut self, source: &Path, now: Tree) -> io::Result<()> {
         if let Err(error) = copy(source, &self.target, &self.tree, &now) {
-            for path in now.into_keys() {
-                self.tree.entry(path).or_default(); // perhaps there: replaced or removed later
-            }
+            // Perhaps there, perhaps not what it was: replaced or removed later. The link says what
+            // containers still use.
+            let unsure = now.into_keys().filter(|path| path != Path::new(DATA_LINK));
+            self.tree.extend(unsure.map(|path| (path, Seen::default())));
             return Err(error);
         }
         let data = data_directory(&self.tree).map(Path::to_owned);
         for path in self.tree.keys().filter(|path| !now.contains_key(*path)).rev() {
             if data.as_ref().is_some_and(|data| path.starts_with(data)) {
                 self.leaving.push(path.clone());
-            } else {
-                remove(&self.target, path)?;
+            } else if let Err(error) = remove(&self.target, path) {
+                // A container has put something in there: no reason to keep the others waiting.
+                warn!("removing {}: {error}", path.display());
             }
         }
         self.tree = now;
@@ -216,8 +240,8 @@ fn data_directory(tree: &Tree) -> Option<&Path> {
 
 /// Copies what is new or changed.
 ///
-/// A container that may mount can write to the target: nothing there is followed, and no link that
-/// it made is written through.
+/// A container that may mount can write to the target: nothing there is followed, no link that it
+/// made is written through, and what it puts in the way is replaced.
 fn copy(source: &Path, target: &OwnedFd, last: &Tree, now: &Tree) -> io::Result<()> {
     let mut links = Vec::new();
     for (relative, seen) in now.iter().filter(|(path, seen)| last.get(*path) != Some(seen)) {
@@ -227,23 +251,21 @@ fn copy(source: &Path, target: &OwnedFd, last: &Tree, now: &Tree) -> io::Result<
         if let Some(points_to) = &seen.points_to {
             links.push((points_to, parent, name));
         } else if status.is_dir() {
-            copy_directory(&parent, &name, &status)?;
+            replace::directory(&parent, &name, &status)?;
         } else if status.is_file() {
-            copy_file(&from, &parent, &name, &status)?;
+            let content = fs::File::open(&from)?.take(LATER.bytes);
+            replace::file(content, &parent, &name, &status)?;
         }
     }
     for (points_to, parent, name) in links {
-        let temporary = beside(&name);
-        discard(&parent, &temporary)?;
-        symlinkat(points_to, &parent, temporary.as_os_str())?;
-        renameat(&parent, temporary.as_os_str(), &parent, name.as_os_str())?;
+        replace::link(points_to, &parent, &name)?;
     }
     Ok(())
 }
 
 fn remove(target: &OwnedFd, relative: &Path) -> io::Result<()> {
     match place(target, relative) {
-        Ok((parent, name)) => discard(&parent, &name),
+        Ok((parent, name)) => replace::discard(&parent, &name),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
@@ -254,52 +276,6 @@ fn place(top: &OwnedFd, relative: &Path) -> io::Result<(OwnedFd, OsString)> {
     let parent = relative.parent().unwrap_or(Path::new(""));
     let name = relative.file_name().unwrap_or(OsStr::new("."));
     Ok((beneath::open_below(top, parent)?, name.to_owned()))
-}
-
-/// A name in the same directory that a rename can replace the real one from.
-fn beside(name: &OsStr) -> OsString {
-    let mut temporary = OsString::from(".kata-new-");
-    temporary.push(name);
-    temporary
-}
-
-fn copy_directory(parent: &OwnedFd, name: &OsStr, status: &Metadata) -> io::Result<()> {
-    match mkdirat(parent, name, Mode::from_bits_truncate(0o700)) {
-        Ok(()) | Err(Errno::EEXIST) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let made = fs::File::from(openat(parent, name, flags, Mode::empty())?);
-    own(&made, status)
-}
-
-fn copy_file(from: &Path, parent: &OwnedFd, name: &OsStr, status: &Metadata) -> io::Result<()> {
-    let temporary = beside(name);
-    discard(parent, &temporary)?;
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
-    let made = openat(parent, temporary.as_os_str(), flags, Mode::from_bits_truncate(0o600))?;
-    let mut made = fs::File::from(made);
-    let mut read = fs::File::open(from)?.take(LATER.bytes);
-    io::copy(&mut read, &mut made)?;
-    own(&made, status)?;
-    Ok(renameat(parent, temporary.as_os_str(), parent, name)?)
-}
-
-fn own(file: &fs::File, status: &Metadata) -> io::Result<()> {
-    fchown(file, Some(status.uid()), Some(status.gid()))?;
-    file.set_permissions(fs::Permissions::from_mode(status.mode() & 0o7777))
-}
-
-/// Removes a name, or an empty directory; what is not there is no error.
-fn discard(parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
-    let mut gone = unlinkat(parent, name, UnlinkatFlags::NoRemoveDir);
-    if gone == Err(Errno::EISDIR) {
-        gone = unlinkat(parent, name, UnlinkatFlags::RemoveDir);
-    }
-    match gone {
-        Ok(()) | Err(Errno::ENOENT) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }
 
 #[cfg(test)]

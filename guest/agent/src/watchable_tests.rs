@@ -56,12 +56,13 @@ fn links_that_a_container_made_are_not_followed() {
     update(&mut copied, &source).unwrap();
     fs::remove_dir_all(target.join("sub")).unwrap();
     symlink(&outside, target.join("sub")).unwrap();
-    symlink(outside.join("file"), target.join(".kata-new-top")).unwrap();
+    fs::create_dir_all(target.join("top/full")).unwrap();
     fs::write(source.join("sub/key"), "other").unwrap();
     fs::write(source.join("top"), "new").unwrap();
     assert!(update(&mut copied, &source).is_err());
-    fs::remove_file(target.join("sub")).unwrap();
-    update(&mut into(&target), &source).unwrap();
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    update(&mut copied, &source).unwrap(); // all of it again, with what is in the way replaced
+    assert_eq!(fs::read_to_string(target.join("sub/key")).unwrap(), "other");
     assert_eq!(fs::read_to_string(target.join("top")).unwrap(), "new");
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
     for path in [source, target, outside] {
@@ -90,4 +91,30 @@ fn link_to_what_is_gone_is_no_state_to_copy() {
     symlink("..data_2", source.join("..data")).unwrap();
     assert!(scan(&source, AT_FIRST).unwrap().is_some());
     fs::remove_dir_all(source).unwrap();
+}
+
+#[test]
+fn what_a_container_keeps_does_not_stop_an_update() {
+    let (source, target) = (scratch("moving"), scratch("kept"));
+    fs::create_dir(source.join("old")).unwrap();
+    let mut copied = into(&target);
+    update(&mut copied, &source).unwrap();
+    fs::write(target.join("old/mine"), "").unwrap();
+    fs::remove_dir(source.join("old")).unwrap();
+    fs::write(source.join("new"), "content").unwrap();
+    update(&mut copied, &source).unwrap();
+    assert_eq!(fs::read_to_string(target.join("new")).unwrap(), "content");
+    fs::remove_dir_all(source).unwrap();
+    fs::remove_dir_all(target).unwrap();
+}
+
+#[test]
+fn trouble_that_lasts_is_met_less_and_less_often() {
+    let mut trouble = Trouble::default();
+    let mut pauses = Vec::new();
+    for _ in 0..7 {
+        pauses.push(trouble.pause());
+        trouble.happened(Path::new("/source"), &io::Error::other("no space"));
+    }
+    assert_eq!(pauses, [0, 1, 3, 7, 15, 31, 31]);
 }

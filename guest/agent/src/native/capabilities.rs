@@ -119,6 +119,12 @@ impl Masks {
     }
 }
 
+/// Whether a process with this bounding set, or a program of its, may look into others.
+pub fn may_trace(bounding: &[String]) -> bool {
+    let names = |name: &String| name.strip_prefix("CAP_").unwrap_or(name).to_ascii_uppercase();
+    bounding.iter().any(|name| names(name) == "SYS_PTRACE")
+}
+
 fn mask(names: &[String]) -> Result<u64> {
     let last = last_capability();
     names.iter().try_fold(0, |mask, name| {

@@ -7,9 +7,9 @@
 //! meets the child in a pid namespace before it is harmless: it is the first process of a new one,
 //! or, where others live already, it stays in the agent's until everything else is done, and then
 //! forks the sibling that becomes the program. That one is born with the container's root, with the
-//! program's own user and capabilities, and with no descriptor but its streams, its end of the
-//! conversation and what the child has just made for it. It shares no memory with the child, which
-//! tells the agent of it and ends.
+//! program's own user, capabilities and system call filter, and with no descriptor but its streams,
+//! its end of the conversation and what the child has just made for it. It shares no memory with the
+//! child, which tells the agent of it and ends.
 
 use std::fs::File;
 use std::io;
@@ -19,12 +19,12 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::set_dumpable;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, signal, sigprocmask};
 use nix::unistd::{
-    Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setresgid, setresuid, setsid,
+    Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setresgid, setresuid,
 };
 
 use super::clone;
 use super::credentials::Program;
-use super::hooks;
+use super::last::Last;
 use super::rootfs;
 use super::seccomp::Filter;
 use super::sync::{Made, from_child};
@@ -53,6 +53,8 @@ pub enum Job<'a> {
         init_cgroup: &'a dyn Fn() -> io::Result<OwnedFd>,
         /// The container has users of its own.
         own_users: bool,
+        /// Somebody in the pid namespace may have CAP_SYS_PTRACE.
+        is_watched: bool,
     },
 }
 
@@ -123,6 +125,11 @@ impl Job<'_> {
         }
     }
 
+    /// Somebody may look into the process; an init waits for its start for as long as it takes.
+    fn is_watched(&self) -> bool {
+        matches!(self, Job::Init { .. } | Job::Exec { is_watched: true, .. })
+    }
+
     /// Hooks that are run before the program, and what they are told.
     fn hooks(&self) -> (&[Hook], &str) {
         match self {
@@ -176,8 +183,9 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     let program = Program::find(process)?;
     let (hooks, hook_state) = job.hooks();
     program.prepare(filter.as_ref())?;
-    let last = Last { program, filter, hooks, hook_state, has_terminal };
+    let mut last = Last { program, filter, hooks, hook_state, has_terminal };
     if job.needs_sibling() {
+        last.confine_early(job.is_watched())?;
         let sibling = clone::sibling();
         made.sibling = sibling.context(|| "making the process in its pid namespace".to_owned())?;
         if made.sibling.is_some() {
@@ -189,31 +197,6 @@ fn become_program(job: &Job<'_>, standard: &Standard<'_>, socket: BorrowedFd<'_>
     }
     drop(made);
     last.steps(socket)
-}
-
-/// What is left to the process that becomes the program.
-struct Last<'a> {
-    program: Program<'a>,
-    filter: Option<Filter>,
-    hooks: &'a [Hook],
-    hook_state: &'a str,
-    has_terminal: bool,
-}
-
-impl Last<'_> {
-    fn steps(self, socket: BorrowedFd<'_>) -> Result<()> {
-        setsid().context(|| "setsid".to_owned())?;
-        if self.has_terminal {
-            terminal::take_control()?;
-        }
-        if from_child::wait_for_go(socket).context(|| "waiting to start".to_owned())? {
-            self.program.confine(self.filter.as_ref())?;
-            // Programs of the image: they may do what the container may, and no more.
-            hooks::run(self.hooks, self.hook_state)?;
-            self.program.execute()?;
-        }
-        Ok(())
-    }
 }
 
 /// The agent blocks SIGCHLD, Rust ignores SIGPIPE, and whoever started the agent may have had others

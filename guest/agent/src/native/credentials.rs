@@ -72,8 +72,12 @@ impl<'a> Program<'a> {
     }
 
     /// Without no_new_privs only a privileged process may load a filter.
+    pub fn needs_capability_to_confine(&self) -> bool {
+        !self.process.no_new_privileges
+    }
+
     fn kept_for(&self, filter: Option<&Filter>) -> u64 {
-        if filter.is_some() && !self.process.no_new_privileges { SYS_ADMIN } else { 0 }
+        if filter.is_some() && self.needs_capability_to_confine() { SYS_ADMIN } else { 0 }
     }
 
     /// Loads the filter, which must allow all that follows, and gives up what that took.

@@ -20,6 +20,7 @@ mod clone;
 mod credentials;
 mod devices;
 mod hooks;
+mod last;
 pub mod limits;
 mod rootfs;
 mod seccomp;
@@ -69,6 +70,7 @@ pub struct Launched {
 #[derive(Default)]
 pub struct Waiting(RefCell<Option<Pollable>>);
 
+pub use self::capabilities::may_trace;
 pub use self::child::Pids;
 pub use self::hooks::{check as check_hooks, state as hook_state};
 pub use self::users::has_namespace as has_own_users;
@@ -133,6 +135,8 @@ pub struct Init {
     pub pid: i32,
     /// The container has users of its own.
     pub own_users: bool,
+    /// Somebody in its pid namespace may have CAP_SYS_PTRACE.
+    pub is_watched: bool,
 }
 
 /// Runs a process in the namespaces of the container's init.
@@ -148,7 +152,7 @@ pub async fn exec(
         .context(|| "the container's init has ended; its namespaces can't be joined".to_owned())?;
     // Without it there would be neither limits nor the filter of devices.
     let directory = File::open(&cgroup.path).context(|| "the container's cgroup".to_owned())?;
-    let own_users = init.own_users;
+    let Init { own_users, is_watched, .. } = init;
     let init_cgroup = || {
         let lists = std::fs::read_to_string(format!("/proc/{}/cgroup", init.pid))?;
         // By number: it has to be the process of the pidfd still.
@@ -157,7 +161,8 @@ pub async fn exec(
         cgroup.open_member(&lists)
     };
     let target = target.as_fd();
-    let job = Job::Exec { process, seccomp, target, init_cgroup: &init_cgroup, own_users };
+    let init_cgroup = &init_cgroup;
+    let job = Job::Exec { process, seccomp, target, init_cgroup, own_users, is_watched };
     let (launched, socket) = launch(reaper, job, io, directory.into()).await?;
     users::set_limits(launched.pid, &process.rlimits)?;
     sync::tell(&socket).await.context(|| "telling the process to start".to_owned())?;
@@ -194,7 +199,7 @@ async fn launch(
     let prepared = prepare_users(&job, &io, pid, &socket).await;
     drop(io);
     let ready = match prepared {
-        Ok(()) => within_deadline(sync::ready(&socket)).await,
+        Ok(()) => within_deadline(sync::ready(&socket, pid)).await,
         Err(status) => Err(status),
     };
     match ready {
@@ -253,7 +258,7 @@ async fn prepare_users(job: &Job<'_>, io: &ProcessIo, pid: i32, socket: &Pollabl
     if !users::has_namespace(spec) {
         return Ok(());
     }
-    within_deadline(sync::needs_users(socket)).await?;
+    within_deadline(sync::needs_users(socket, pid)).await?;
     users::map(pid, spec)?;
     if let (ProcessIo::Pipes(ends), Some(process)) = (io, &spec.process) {
         users::give_streams(ends, process, spec);

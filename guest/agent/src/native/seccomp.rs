@@ -106,6 +106,43 @@ impl Filter {
         Errno::result(result).context(|| "loading the seccomp profile".to_owned())?;
         Ok(())
     }
+
+    /// The first of these calls, by name and arguments, that the profile does not let through.
+    pub fn first_refused(&self, calls: &[(&'static str, [u64; 6])]) -> Option<&'static str> {
+        let allows = |name, arguments| {
+            let number = syscalls::number(name)?;
+            Some(matches!(self.run(ARCHITECTURE, number, arguments), ALLOW | LOG))
+        };
+        let refused = calls.iter().find(|(name, arguments)| allows(name, *arguments) != Some(true));
+        refused.map(|(name, _)| *name)
+    }
+
+    /// What the kernel would do with a call: an interpreter of the few instructions made here.
+    fn run(&self, architecture: u32, number: u32, arguments: [u64; 6]) -> u32 {
+        let word = |offset: u32| match offset {
+            NUMBER_OFFSET => number,
+            ARCHITECTURE_OFFSET => architecture,
+            _ => {
+                let bytes = offset - ARGUMENTS_OFFSET;
+                let argument = arguments[(bytes / 8) as usize] >> (8 * (bytes % 8));
+                u32::try_from(argument & 0xffff_ffff).unwrap_or(0)
+            }
+        };
+        let (mut at, mut value) = (0, 0);
+        while let Some(step) = self.code.get(at) {
+            let branch = |holds: bool| usize::from(if holds { step.jt } else { step.jf });
+            at += 1;
+            match step.code {
+                LOAD => value = word(step.k),
+                AND => value &= step.k,
+                JUMP_EQUAL => at += branch(value == step.k),
+                JUMP_GREATER => at += branch(value > step.k),
+                JUMP_GREATER_EQUAL => at += branch(value >= step.k),
+                _ => return step.k, // RETURN, the only other one
+            }
+        }
+        KILL_PROCESS // the kernel loads no program that has no end
+    }
 }
 
 fn action_of(rule: &LinuxSyscall) -> Result<u32> {

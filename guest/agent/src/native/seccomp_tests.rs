@@ -1,36 +1,6 @@
-//! Profiles are run by an interpreter of the few instructions that they compile to.
+//! Profiles are compiled, and what comes out is run.
 
 use super::*;
-
-fn run(filter: &Filter, architecture: u32, number: u32, arguments: [u64; 6]) -> u32 {
-    let word = |offset: u32| match offset {
-        NUMBER_OFFSET => number,
-        ARCHITECTURE_OFFSET => architecture,
-        _ => {
-            let argument = arguments[((offset - ARGUMENTS_OFFSET) / 8) as usize];
-            if (offset - ARGUMENTS_OFFSET).is_multiple_of(8) {
-                argument as u32
-            } else {
-                (argument >> 32) as u32
-            }
-        }
-    };
-    let (mut at, mut value) = (0, 0);
-    loop {
-        let step = filter.code[at];
-        let branch = |holds: bool| usize::from(if holds { step.jt } else { step.jf });
-        at += 1;
-        match step.code {
-            LOAD => value = word(step.k),
-            AND => value &= step.k,
-            RETURN => return step.k,
-            JUMP_EQUAL => at += branch(value == step.k),
-            JUMP_GREATER => at += branch(value > step.k),
-            JUMP_GREATER_EQUAL => at += branch(value >= step.k),
-            other => panic!("instruction {other:#x}"),
-        }
-    }
-}
 
 fn rule(names: &[&str], action: &str, args: Vec<LinuxSeccompArg>) -> LinuxSyscall {
     LinuxSyscall {
@@ -59,20 +29,20 @@ fn listed_call_is_allowed_and_any_other_gets_the_default() {
         "SCMP_ACT_ERRNO",
         vec![rule(&["read", "nonexistent", "write"], "SCMP_ACT_ALLOW", vec![]), refused],
     );
-    assert_eq!(run(&filter, ARCHITECTURE, 0, [0; 6]), ALLOW);
-    assert_eq!(run(&filter, ARCHITECTURE, 1, [0; 6]), ALLOW);
-    assert_eq!(run(&filter, ARCHITECTURE, 2, [0; 6]), ERRNO | 1);
-    assert_eq!(run(&filter, ARCHITECTURE, 435, [0; 6]), ERRNO | 38);
-    assert_eq!(run(&filter, ARCHITECTURE, X32_BIT, [0; 6]), ERRNO | 1);
-    assert_eq!(run(&filter, 0x4000_0003, 1, [0; 6]), ERRNO | 1);
+    assert_eq!(filter.run(ARCHITECTURE, 0, [0; 6]), ALLOW);
+    assert_eq!(filter.run(ARCHITECTURE, 1, [0; 6]), ALLOW);
+    assert_eq!(filter.run(ARCHITECTURE, 2, [0; 6]), ERRNO | 1);
+    assert_eq!(filter.run(ARCHITECTURE, 435, [0; 6]), ERRNO | 38);
+    assert_eq!(filter.run(ARCHITECTURE, X32_BIT, [0; 6]), ERRNO | 1);
+    assert_eq!(filter.run(0x4000_0003, 1, [0; 6]), ERRNO | 1);
 }
 
 #[test]
 fn profile_that_allows_by_default_does_not_allow_other_architectures() {
     let filter = filter("SCMP_ACT_ALLOW", vec![rule(&["mkdir"], "SCMP_ACT_KILL", vec![])]);
-    assert_eq!(run(&filter, ARCHITECTURE, 83, [0; 6]), KILL_THREAD);
-    assert_eq!(run(&filter, ARCHITECTURE, 84, [0; 6]), ALLOW);
-    assert_eq!(run(&filter, ARCHITECTURE, X32_BIT | 83, [0; 6]), KILL_PROCESS);
+    assert_eq!(filter.run(ARCHITECTURE, 83, [0; 6]), KILL_THREAD);
+    assert_eq!(filter.run(ARCHITECTURE, 84, [0; 6]), ALLOW);
+    assert_eq!(filter.run(ARCHITECTURE, X32_BIT | 83, [0; 6]), KILL_PROCESS);
 }
 
 #[test]
@@ -93,7 +63,7 @@ fn every_operator_compares_all_64_bits() {
             let filter = filter("SCMP_ACT_TRAP", vec![rule]);
             for value in values {
                 let expected = if holds(value, bound) { ALLOW } else { TRAP };
-                let got = run(&filter, ARCHITECTURE, 0, [9, 9, value, 9, 9, 9]);
+                let got = filter.run(ARCHITECTURE, 0, [9, 9, value, 9, 9, 9]);
                 assert_eq!(got, expected, "{value} {op} {bound}");
             }
         }
@@ -104,8 +74,8 @@ fn every_operator_compares_all_64_bits() {
 fn masked_comparison_looks_at_the_masked_bits_only() {
     let masked = arg(0, "SCMP_CMP_MASKED_EQ", 0x7e02_0000, 0);
     let filter = filter("SCMP_ACT_ERRNO", vec![rule(&["clone"], "SCMP_ACT_ALLOW", vec![masked])]);
-    assert_eq!(run(&filter, ARCHITECTURE, 56, [0x11, 0, 0, 0, 0, 0]), ALLOW);
-    assert_eq!(run(&filter, ARCHITECTURE, 56, [0x1000_0011, 0, 0, 0, 0, 0]), ERRNO | 1);
+    assert_eq!(filter.run(ARCHITECTURE, 56, [0x11, 0, 0, 0, 0, 0]), ALLOW);
+    assert_eq!(filter.run(ARCHITECTURE, 56, [0x1000_0011, 0, 0, 0, 0, 0]), ERRNO | 1);
 }
 
 #[test]
@@ -121,7 +91,7 @@ fn conditions_on_two_arguments_must_both_hold_and_on_one_either() {
         ],
     );
     let call = |number, first, second| {
-        run(&filter, ARCHITECTURE, number, [first, second, 0, 0, 0, 0]) == ALLOW
+        filter.run(ARCHITECTURE, number, [first, second, 0, 0, 0, 0]) == ALLOW
     };
     assert!(call(41, 1, 2) && call(0, 1, 2));
     assert!(!call(41, 1, 3) && !call(41, 0, 2) && !call(0, 1, 1));

@@ -3,14 +3,18 @@
 //! A SEQPACKET pair that closes on exec: `U` has a user namespace, `R…` ready, `G` go, `E…` an error
 //! text; the end of the connection means that the program has been executed. Behind `R` comes a
 //! letter for each descriptor that goes with the message.
+//!
+//! The sibling has the same end as the child, and a hostile neighbour may make it speak. What the
+//! agent acts on, `U` and `R`, is taken from the child alone: the kernel says who has sent a message,
+//! and nobody in another pid namespace can name a process outside of it.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+    UnixCredentials, recvmsg, sendmsg, setsockopt, socketpair, sockopt,
 };
 
 use crate::io::Pollable;
@@ -41,14 +45,24 @@ pub struct Made {
 /// The agent's end and the child's.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC;
-    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?)
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+    setsockopt(&ours, sockopt::PassCred, &true)?;
+    Ok((ours, theirs))
+}
+
+/// What has been heard, and from whom.
+#[derive(Default)]
+struct Message {
+    text: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    sender: Option<i32>,
 }
 
 /// Waits for the child to be ready.
-pub async fn ready(socket: &Pollable) -> Result<Made> {
-    let (text, fds) = receive(socket).await?;
+pub async fn ready(socket: &Pollable, child: i32) -> Result<Made> {
+    let Message { text, fds, sender } = receive(socket).await?;
     match text.split_first() {
-        Some((&READY, letters)) => {
+        Some((&READY, letters)) if sender == Some(child) => {
             made(letters, fds).ok_or_else(|| Status::internal("the new process is not understood"))
         }
         other => Err(failure(other)),
@@ -72,10 +86,10 @@ fn made(letters: &[u8], fds: Vec<OwnedFd>) -> Option<Made> {
 }
 
 /// Waits for the child to be in its user namespace.
-pub async fn needs_users(socket: &Pollable) -> Result<()> {
-    let (text, _) = receive(socket).await?;
+pub async fn needs_users(socket: &Pollable, child: i32) -> Result<()> {
+    let Message { text, sender, .. } = receive(socket).await?;
     match text.split_first() {
-        Some((&USERS, _)) => Ok(()),
+        Some((&USERS, _)) if sender == Some(child) => Ok(()),
         other => Err(failure(other)),
     }
 }
@@ -86,7 +100,7 @@ pub async fn tell(socket: &Pollable) -> io::Result<()> {
 
 /// Waits until the child has become its program.
 pub async fn executed(socket: &Pollable) -> Result<()> {
-    let (text, _) = receive(socket).await?;
+    let text = receive(socket).await?.text;
     if text.is_empty() { Ok(()) } else { Err(failure(text.split_first())) }
 }
 
@@ -98,7 +112,7 @@ fn failure(message: Option<(&u8, &[u8])>) -> Status {
     }
 }
 
-async fn receive(socket: &Pollable) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
+async fn receive(socket: &Pollable) -> Result<Message> {
     let received = socket.when_readable(|fd| receive_now(fd.as_raw_fd())).await;
     match received {
         // A child that was killed before it had read everything.
@@ -107,21 +121,26 @@ async fn receive(socket: &Pollable) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     }
 }
 
-fn receive_now(socket: RawFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
+fn receive_now(socket: RawFd) -> nix::Result<Message> {
     let mut text = vec![0; MAX_TEXT_BYTES];
     let mut parts = [IoSliceMut::new(&mut text)];
-    let mut space = cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+    let mut space = cmsg_space!([RawFd; MAX_DESCRIPTORS], UnixCredentials);
     let message = recvmsg::<()>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let length = message.bytes;
-    let mut fds = Vec::new();
+    let (mut fds, mut sender) = (Vec::new(), None);
     for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(received) = part {
-            // SAFETY: the kernel has just made these descriptors for us, so nobody else owns them.
-            fds.extend(received.iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }));
+        match part {
+            ControlMessageOwned::ScmRights(received) => {
+                // SAFETY: the kernel has just made these descriptors for us, so nobody else owns
+                // them.
+                fds.extend(received.iter().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) }));
+            }
+            ControlMessageOwned::ScmCredentials(credentials) => sender = Some(credentials.pid()),
+            _ => {}
         }
     }
     text.truncate(length);
-    Ok((text, fds))
+    Ok(Message { text, fds, sender })
 }
 
 /// The child's side: blocking, in a process that has nothing else to do.
@@ -165,5 +184,26 @@ pub mod from_child {
         message.extend(text.bytes().take(MAX_TEXT_BYTES - 1));
         // An agent that does not listen any more can't be told.
         let _ = nix::unistd::write(socket, &message);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn only_the_childs_own_word_counts() {
+        let (ours, theirs) = pair().unwrap();
+        let ours = Pollable::new(ours).unwrap();
+        let own = std::process::id().cast_signed();
+        for (child, believed) in [(own, true), (own + 1, false)] {
+            from_child::ready(theirs.as_fd(), &Made::default()).unwrap();
+            assert_eq!(ready(&ours, child).await.is_ok(), believed, "{child}");
+            nix::unistd::write(&theirs, &[USERS]).unwrap();
+            assert_eq!(needs_users(&ours, child).await.is_ok(), believed, "{child}");
+        }
+        from_child::fail(theirs.as_fd(), "no such program");
+        assert_eq!(ready(&ours, own + 1).await.err().unwrap().message, "no such program");
     }
 }
