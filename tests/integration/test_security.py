@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -92,15 +93,19 @@ def test_security_context_holds_for_a_container_and_its_execs(
         "ls /home; cd /proc/sys; cat net/ipv4/ip_forward net/core/somaxconn kernel/shm_rmid_forced "
         "vm/max_map_count; { echo 0 >net/ipv4/ip_forward; } 2>&1"
     )
-    spec["process"]["args"] = ["sh", "-c", f"{{ {script}; }} >/said/init; sleep 1000"]
+    said_all = f"{{ {script}; }} >/said/init; echo >/said/done; sleep 1000"
+    spec["process"]["args"] = ["sh", "-c", said_all]
     (rootfs / "said").mkdir(mode=0o777)
     (rootfs / "said").chmod(0o777)
+    os.mkfifo(rootfs / "said/done")
+    (rootfs / "said/done").chmod(0o666)
     # A place to write to, though the root is read-only.
     spec["mounts"].append(
         {"destination": "/said", "type": "bind", "source": f"{_ROOT}/said", "options": ["rbind"]}
     )
     container = start(ctr, spec)
     done = ctr.exec(container, "sh", "-c", script)
+    ctr.exec(container, "cat", "/said/done")
     said = (rootfs / "said/init").read_text()
     assert ctr.exec(container, "hostname", "other").returncode != 0  # by the profile alone
     ctr.remove(container)
