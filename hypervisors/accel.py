@@ -9,6 +9,7 @@ from typing import Final, Literal
 from .errors import PreconditionFailed
 
 KVM_DEVICE: Final = Path("/dev/kvm")
+ACRN_DEVICE: Final = Path("/dev/acrn_hsm")
 VHOST_VSOCK_DEVICE: Final = Path("/dev/vhost-vsock")
 CPUINFO: Final = Path("/proc/cpuinfo")
 # One processor's block is below 4 KiB; a 256-CPU host would make the whole file half a megabyte.
@@ -73,6 +74,15 @@ def choose_accelerator(wanted: str) -> Literal["kvm", "tcg"]:
         why=problem,
         fix='load kvm_intel or kvm_amd, or set the accelerator to "auto"',
     )
+
+
+def acrn_problem(device: Path = ACRN_DEVICE) -> str | None:
+    """Say why this host can ask no ACRN hypervisor for machines, or None when it can."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{device} does not open: {error.strerror}"
+    return None
 
 
 def kernel_vsock_usable(device: Path = VHOST_VSOCK_DEVICE) -> bool:

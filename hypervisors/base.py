@@ -39,7 +39,7 @@ class VirtualMachine(Protocol):
 
     @property
     def accelerator(self) -> str:
-        """What executes the guest: "kvm" or "tcg"."""
+        """What executes the guest: "kvm", "tcg", or the backend by its name."""
 
     @property
     def exit(self) -> VmExit | None:

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 # An entry point of this group names a callable without arguments that returns a `Hypervisor`.
 ENTRY_POINT_GROUP: Final = "kata.hypervisors"
-BUILT_IN: Final = ("cloud-hypervisor", "qemu")
+BUILT_IN: Final = ("acrn", "cloud-hypervisor", "qemu")
 # How Kata's configuration files call them.
 ALIASES: Final = {"clh": "cloud-hypervisor"}
 # Where their programs are by default.
 DEFAULT_PROGRAMS: Final = {
+    "acrn": "/usr/bin/acrn-dm",
     "cloud-hypervisor": "/usr/bin/cloud-hypervisor",
     "qemu": "/usr/bin/qemu-system-x86_64",
 }
@@ -37,6 +38,10 @@ def find_hypervisor(name: str) -> Hypervisor:
         from .qemu import Qemu
 
         return Qemu()
+    if name == "acrn":
+        from .acrn import Acrn
+
+        return Acrn()
     if name == "cloud-hypervisor":
         from .cloud_hypervisor import CloudHypervisor
 

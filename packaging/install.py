@@ -36,7 +36,7 @@ SHIM: Final = "containerd-shim-kata-v2"
 VIRTIOFSD_PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 # What a runtime's name may add (io.containerd.kata-clh.v2, as Kata's links are called), each with a
 # configuration of its own; the first is what the plain name means.
-VARIANTS: Final = ("qemu", "clh")
+VARIANTS: Final = ("qemu", "acrn", "clh")
 PLACEHOLDER: Final = re.compile(r"@([A-Z_]+)@")
 
 
@@ -60,11 +60,13 @@ class Layout:
             "PYTHON": os.path.realpath(sys.executable),
             "LIBRARY_DIRS": ", ".join(repr(str(path)) for path in self.library),
             "CONFIGURATION": str(self.configuration),
+            "ACRN": _program("acrn-dm", "/usr/bin/acrn-dm"),
             "CLOUD_HYPERVISOR": _program("cloud-hypervisor", "/usr/bin/cloud-hypervisor"),
             "QEMU": _program("qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"),
             "VIRTIOFSD": next(filter(os.path.exists, VIRTIOFSD_PLACES), VIRTIOFSD_PLACES[-1]),
             "VSOCK_DEVICE": str(self.vsock_device),
             "KERNEL": str(self.guest / "vmlinux"),
+            "BZIMAGE": str(self.guest / "bzImage"),
             "INITRD": str(self.guest / "initrd.img"),
             "MODULES": str(self.guest / "modules"),
         }
@@ -112,7 +114,7 @@ def install(destination: Path) -> None:
         _link(below(SYSTEM.bin / name))
     for path, text in _configurations(SYSTEM).items():
         _install_configuration(below(path), text)
-    for name in ("vmlinux", "initrd.img", "manifest.json"):
+    for name in ("vmlinux", "bzImage", "initrd.img", "manifest.json"):
         _copy(BUILD / "guest" / name, below(SYSTEM.guest / name), 0o644)
     _copy_modules(BUILD / "guest" / "modules", below(SYSTEM.guest / "modules"))
     _copy(BUILD / "bin" / "vhost-device-vsock", below(SYSTEM.vsock_device), 0o755)

@@ -114,7 +114,7 @@ def check_machine(
         max_vcpus=can.max_vcpus, shares=can.shared_directory, disks=can.block_hotplug
     )
     # The kernel's vsock device, where there is one, is checked by being opened later.
-    vsock = GuestVsock(state, can, None).device()
+    vsock = GuestVsock.planned(state, can)
     if not plan.shares and not plan.disks:
         raise FailedPrecondition(
             f"{hypervisor.name} has no way to give a container its files: without a shared "

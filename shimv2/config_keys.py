@@ -163,6 +163,14 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
 
 
 WITHOUT_EFFECT_ON: dict[str, dict[str, str]] = {
+    "acrn": {
+        "machine_type": "ACRN has one type of machine",
+        "vsock_daemon": "ACRN's guests have the host kernel's vsock",
+        "enable_hugepages": "a guest's memory is of huge pages in any case",
+        "enable_mem_prealloc": "a guest has all of its memory from the launch on",
+        "default_maxvcpus": "a machine keeps the vCPUs that it was made with",
+        "default_maxmemory_mib": "a machine keeps the memory that it was made with",
+    },
     "cloud-hypervisor": {
         "machine_type": "Cloud Hypervisor has one type of machine",
         "vsock_daemon": "Cloud Hypervisor has a vsock device of its own",

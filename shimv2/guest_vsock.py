@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from agent_proto.vsock import Endpoint, HybridVsock
 from hypervisors.machine import HybridVsock as HybridVsockDevice
+from hypervisors.machine import KernelVsock as KernelVsockDevice
 from hypervisors.machine import UnixVsock
+from shimv2.errors import FailedPrecondition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _DEVICE_ID: Final = "vsock0"
 _DAEMON_SOCKET: Final = "vhost-vsock.sock"
 _GUEST_SOCKET: Final = "vsock.sock"
+_ANY_CID: Final = 3
 
 
 class GuestVsock:
@@ -43,9 +46,26 @@ class GuestVsock:
         can: Capabilities,
         open_kernel_vsock: Callable[[], KernelVsockDescriptor | None],
     ) -> GuestVsock:
-        """Take what the host offers. Close it when the VM has ended."""
+        """Take what the host offers. Close it when the VM has ended.
+
+        Raises:
+            FailedPrecondition: the VMM has the kernel's device or none, and there is none.
+        """
         wanted = can.kernel_vsock and not can.hybrid_vsock
-        return cls(state, can, open_kernel_vsock() if wanted else None)
+        kernel = open_kernel_vsock() if wanted else None
+        if kernel is None and not can.hybrid_vsock and not can.unix_vsock:
+            raise FailedPrecondition(
+                "this VMM reaches its guest by the host kernel's vsock alone, and /dev/vhost-vsock "
+                "gives no context id; load vhost_vsock, or use another VMM"
+            )
+        return cls(state, can, kernel)
+
+    @staticmethod
+    def planned(state: StateDir, can: Capabilities) -> Vsock:
+        """A device like the machine's, for a check: nothing is taken, and it can't be used."""
+        if can.kernel_vsock and not can.hybrid_vsock and not can.unix_vsock:
+            return KernelVsockDevice(id=_DEVICE_ID, cid=_ANY_CID, vhost_fd=-1)
+        return GuestVsock(state, can, None).device()
 
     @property
     def needs_daemon(self) -> bool:

@@ -63,10 +63,11 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
 
 
 def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
-    """Write vmlinux, initrd.img, manifest.json and modules/ into `output`; return the manifest.
+    """Write the guest into `output`; return its manifest.
 
-    They are replaced one by one, the modules first, so that a reader never sees half of one. The
-    modules of other releases stay, because sandboxes that run these kernels have `modules/` bound.
+    That is vmlinux, the bzImage it was in, initrd.img, manifest.json and modules/. They are
+    replaced one by one, the modules first, so that a reader never sees half of one. The modules of
+    other releases stay, because sandboxes that run these kernels have `modules/` bound.
     Raises KernelError or OSError; nothing in `output` is changed if an input was the reason.
     """
     init = agent.read_bytes()  # first, because it is the input most likely to be missing
@@ -74,7 +75,8 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
         work = Path(scratch)
         print("guest: kernel from the distribution's package", flush=True)
         package = kernel.fetch(cache, work)
-        elf = kernel.strip(kernel.extract_elf(package.bzimage.read_bytes()), work)
+        bzimage = package.bzimage.read_bytes()
+        elf = kernel.strip(kernel.extract_elf(bzimage), work)
         print(f"guest: kernel {package.release}, {len(elf) >> 20} MiB", flush=True)
         inputs = Inputs(init=init, kernel=package)
         tree, modules = initrd_tree(inputs)
@@ -90,7 +92,12 @@ def build(agent: Path, output: Path, cache: Path) -> dict[str, Any]:
     }
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    contents = {"vmlinux": elf, "initrd.img": initrd, "manifest.json": text.encode()}
+    contents = {
+        "vmlinux": elf,
+        "bzImage": bzimage,
+        "initrd.img": initrd,
+        "manifest.json": text.encode(),
+    }
     _replace_directory(output / "modules" / package.release, offered)
     for name, data in contents.items():
         _replace(output / name, data)

@@ -33,10 +33,15 @@ from tests.harness.oci_image import BUSYBOX_IMAGE, BusyboxMissing  # noqa: E402
 RUNTIMES: Final = {
     "": "io.containerd.kata.v2",
     "qemu": "io.containerd.kata-qemu.v2",
+    "acrn": "io.containerd.kata-acrn.v2",
     "cloud-hypervisor": "io.containerd.kata-clh.v2",
     "clh": "io.containerd.kata-clh.v2",
 }
-MACHINES: Final = {"cloud-hypervisor": "Cloud Hypervisor", "clh": "Cloud Hypervisor"}
+MACHINES: Final = {
+    "acrn": "ACRN",
+    "cloud-hypervisor": "Cloud Hypervisor",
+    "clh": "Cloud Hypervisor",
+}
 TIMELINE_EVENT: Final = "sandbox timeline"
 PULL_S: Final = 600
 BAR_WIDTH: Final = 40

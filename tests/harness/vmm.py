@@ -15,6 +15,7 @@ import functools
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from hypervisors import accel
@@ -26,7 +27,11 @@ NAME = canonical_name(os.environ.get("KATA_TEST_HYPERVISOR", "qemu"))
 PROGRAMS = {name: Path(path).name for name, path in DEFAULT_PROGRAMS.items()}
 #: What the end-to-end tests run with: a backend, or `backend:machine type` beside its usual one.
 SETUPS = (*PROGRAMS,)
-_CAN_EMULATE = {"qemu"}
+#: What a backend needs of a machine instead of KVM, and why it isn't there.
+_OTHER_NEEDS: dict[str, tuple[str, Callable[[], str | None]]] = {
+    "acrn": ("ACRN", accel.acrn_problem),
+    "qemu": ("nothing", lambda: None),
+}
 _MIB_FOR_CAPABILITIES = 1024
 
 
@@ -47,8 +52,11 @@ def missing(setup: str, *, has_kvm: bool = False) -> str:
     if find_program(name) is None:
         program = PROGRAMS.get(name, name)
         return f"{setup}: no {program} in PATH and {variable(name)} names none"
-    problem = None if has_kvm or name in _CAN_EMULATE else accel.kvm_problem()
-    return f"{setup} needs KVM: {problem}" if problem else ""
+    if name in _OTHER_NEEDS:
+        needed, problem = _OTHER_NEEDS[name][0], _OTHER_NEEDS[name][1]()
+    else:
+        needed, problem = "KVM", None if has_kvm else accel.kvm_problem()
+    return f"{setup} needs {needed}: {problem}" if problem else ""
 
 
 def process_name(name: str = NAME) -> str:

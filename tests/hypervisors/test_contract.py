@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,16 @@ from hypervisors.errors import (
 )
 from hypervisors.machine import BlockDevice, ExitKind, Rng, SharedDirectory, VmEventKind
 from hypervisors.registry import find_hypervisor
-from tests.fakes import fake_clh
+from tests.fakes import fake_acrn, fake_clh
 from tests.harness import vmm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.root, pytest.mark.smoke]
 
 
 # Those that need what a machine may lack are also tested with a program that only talks like them.
-SCRIPTED = {"cloud-hypervisor": fake_clh.write_program}
+SCRIPTED = {"acrn": fake_acrn.write_program, "cloud-hypervisor": fake_clh.write_program}
+# Those that want another kernel than the guest's.
+KERNELS = {"acrn": fake_acrn.write_kernel}
 
 
 @pytest.fixture(params=[*vmm.PROGRAMS, *(f"{name} (scripted)" for name in SCRIPTED)])
@@ -42,6 +45,7 @@ def backend(request, monkeypatch):
     name, _, scripted = request.param.partition(" ")
     if scripted:
         monkeypatch.setattr(accel, "kvm_problem", lambda: None)
+        monkeypatch.setattr(accel, "acrn_problem", lambda: None)
     elif why := vmm.missing(name):
         pytest.skip(why)
     return find_hypervisor(name)
@@ -53,8 +57,10 @@ def make_spec(backend, make_spec, request, tmp_path_factory):
     fields = {"binary": vmm.find_program(backend.name)}
     if "scripted" in request.node.callspec.params["backend"]:
         # Privileged: pytest's directory is closed to other users.
-        program = SCRIPTED[backend.name](tmp_path_factory.mktemp("vmm"))
-        fields = {"binary": program, "unprivileged": False}
+        directory = tmp_path_factory.mktemp("vmm")
+        fields = {"binary": SCRIPTED[backend.name](directory), "unprivileged": False}
+        if backend.name in KERNELS:
+            fields["kernel"] = KERNELS[backend.name](directory)
 
     def make(*args, **changes):
         return make_spec(*args, **{**fields, **changes})
@@ -103,7 +109,7 @@ async def test_exit_is_one_value_for_every_caller_and_the_last_event(
     seen = []
     async with running(backend, make_spec(), records) as machine:
         assert machine.exit is None
-        assert machine.accelerator in ("kvm", "tcg")
+        assert machine.accelerator in ("kvm", "tcg", backend.name)
         assert machine.pid == records[0].pid
         assert sorted(machine.addresses) == ["rng"]
 
@@ -184,8 +190,11 @@ async def test_vmm_that_does_not_start_is_reported_with_its_last_words(
 
 async def test_missing_daemon_of_a_device_is_reported(backend, make_spec, records, tmp_path):
     share = SharedDirectory(id="fs", tag="t", socket=tmp_path / "nobody.sock")
-    with pytest.raises(LaunchFailed, match=r"nobody\.sock"):
-        await backend.launch(make_spec(devices=(share,)), record=records.append)
+    spec = make_spec(devices=(share,))
+    # Where there is no such device, the refusal is of the device itself.
+    refused = LaunchFailed if backend.capabilities(spec).shared_directory else Unsupported
+    with pytest.raises(refused, match=r"nobody\.sock"):
+        await backend.launch(spec, record=records.append)
     assert records == []
 
 
@@ -240,12 +249,18 @@ async def test_refused_attach_leaves_no_trace_and_the_name_free(backend, make_sp
         assert sorted(machine.addresses) == ["first", "rng"]
 
 
-async def test_stopped_vmm_answers_nothing_but_dies_when_told(backend, make_spec, records):
-    async with running(backend, make_spec(), records) as machine:
-        await machine.pause()
+async def test_stopped_vmm_answers_nothing_but_dies_when_told(backend, make_spec, records, disk):
+    spec = make_spec()
+    async with running(backend, spec, records) as machine:
+        if backend.capabilities(spec).pause:
+            await machine.pause()
+            ask = machine.resume
+        else:
+            block = BlockDevice(id="d", path=disk, read_only=True)
+            ask = partial(machine.attach, block)
         os.kill(machine.pid, signal.SIGSTOP)
         with pytest.raises(ControlError, match="no answer within"), trio.fail_after(10):
-            await machine.resume()
+            await ask()
         machine.kill()
         with trio.fail_after(1):
             assert (await machine.wait_exited()).kind is ExitKind.KILLED
