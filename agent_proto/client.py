@@ -12,7 +12,8 @@ Source: the Go shim's kata_agent.go does so; agents also take an empty exec_id.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -33,7 +34,7 @@ from agent_proto.limits import (
     reply_limit,
 )
 from agent_proto.pb import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
-from ttrpc.client import Client
+from ttrpc.client import Call, Client
 from ttrpc.errors import (
     CallTimeout,
     Code,
@@ -228,6 +229,30 @@ class AgentClient:
         request = agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=routes))
         return await self._ask("UpdateRoutes", request, agent_pb2.Routes)
 
+    async def do_in_order(self, *requests: Message) -> None:
+        """Send several requests at once, and wait until all are done.
+
+        Only for an agent that is known to take those of the network and CreateSandbox in the order
+        in which they come (`ReadinessListener` hears from such a one); their answers say no more
+        than that they are done. Raises the first refusal when its answer is there; the requests
+        after it may have been carried out all the same.
+        """
+        methods = [type(request).__name__.removesuffix("Request") for request in requests]
+        calls = [
+            Call(AGENT_SERVICE, method, request.SerializeToString(), self._timeouts.of(method))
+            for method, request in zip(methods, requests, strict=True)
+        ]
+        with _translated(methods[0]):
+            pending = self._client.begin(*calls)
+        try:
+            for method, one in zip(methods, pending, strict=True):
+                with _translated(method):
+                    answer = await one.answer()
+                _check_length(method, answer)
+        finally:
+            for one in pending:
+                one.forget()
+
     async def list_interfaces(self) -> agent_pb2.Interfaces:
         """Return the guest's links."""
         request = agent_pb2.ListInterfacesRequest()
@@ -362,25 +387,36 @@ class AgentClient:
         max_reply_bytes: int | None = None,
     ) -> bytes:
         """Make one call; return the answer's bytes, not longer than the method's may be."""
-        payload = request.SerializeToString()
-        try:
+        with _translated(method):
+            payload = request.SerializeToString()
             answer = await self._client.call(service, method, payload, timeout_s=limit_s)
-        except RemoteStatus as error:
-            # DEADLINE_EXCEEDED too: something in the guest took too long, and its words say what.
-            raise AgentStatus(error.code, error.message, method) from error
-        except CallTimeout as error:
-            raise AgentTimeout(method, error.timeout_s) from error
-        except RemoteProtocolError as error:
-            raise AgentMisbehaved(method, guest_text(str(error))) from error
-        except MessageTooLarge as error:
-            raise RequestTooLarge(method, error.length, error.limit) from error
-        except (ConnectionLost, LocalProtocolError) as error:
-            # LocalProtocolError: thousands of calls are waiting for a guest that answers none.
-            raise AgentUnreachable(method, guest_text(str(error))) from error
-        limit = reply_limit(method) if max_reply_bytes is None else max_reply_bytes
-        if len(answer) > limit:
-            raise AgentMisbehaved(method, f"answer of {len(answer)} bytes, {limit} allowed")
+        _check_length(method, answer, max_reply_bytes)
         return answer
+
+
+@contextmanager
+def _translated(method: str) -> Iterator[None]:
+    """Raise what a call of `method` raises as an AgentError."""
+    try:
+        yield
+    except RemoteStatus as error:
+        # DEADLINE_EXCEEDED too: something in the guest took too long, and its words say what.
+        raise AgentStatus(error.code, error.message, method) from error
+    except CallTimeout as error:
+        raise AgentTimeout(method, error.timeout_s) from error
+    except RemoteProtocolError as error:
+        raise AgentMisbehaved(method, guest_text(str(error))) from error
+    except MessageTooLarge as error:
+        raise RequestTooLarge(method, error.length, error.limit) from error
+    except (ConnectionLost, LocalProtocolError) as error:
+        # LocalProtocolError: thousands of calls are waiting for a guest that answers none.
+        raise AgentUnreachable(method, guest_text(str(error))) from error
+
+
+def _check_length(method: str, answer: bytes, max_bytes: int | None = None) -> None:
+    limit = reply_limit(method) if max_bytes is None else max_bytes
+    if len(answer) > limit:
+        raise AgentMisbehaved(method, f"answer of {len(answer)} bytes, {limit} allowed")
 
 
 def _check_chunk(size: int, least: int = 0) -> None:

@@ -3,7 +3,8 @@
 Order, with everything that can overlap overlapped:
 
     check ──> share prepared ──┬─> virtiofsd ─┬─> VMM launched ──> agent says ready ──> connected
-                               └─> vsock ─────┘        ║
+                               ├─> vsock ─────┤        ║
+                               └─> network ───┘        ║
                                       rootfs and spec (by the caller, meanwhile)
 
 A `Machine` is used once. The death of any part is reported once, through `on_death`, with the
@@ -16,7 +17,7 @@ import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
 
@@ -98,6 +99,17 @@ class Machinery:
     check_virtiofsd: Callable[[Path, Cache], None] = lambda binary, cache: None
 
 
+class MachineNetwork(NamedTuple):
+    """What a machine has of its pod's network at its launch."""
+
+    devices: tuple[NetDevice, ...] = ()
+    namespace_fd: int | None = None
+
+
+async def _no_network() -> MachineNetwork:
+    return MachineNetwork()
+
+
 def check_machine(
     sandbox_id: str, plan: MachinePlan, machinery: Machinery, state: StateDir
 ) -> MachinePlan:
@@ -162,8 +174,7 @@ class Machine:
         self._entries: list[Entry] = []
         self._vsock: GuestVsock | None = None
         self._scope = trio.CancelScope()
-        self._network: tuple[NetDevice, ...] = ()
-        self._network_namespace: int | None = None
+        self._network = MachineNetwork()
         self._is_closing = False
         self._helper_loss = ""
         self._vmm_hung_up = False
@@ -175,6 +186,8 @@ class Machine:
         self.boot_ms: dict[str, float] = {}  # the agent's own account of its start
         # Only an agent that reports readiness is known to keep output after a process's exit.
         self.keeps_output = False
+        # The same for the order of the network's requests (`AgentClient.do_in_order`).
+        self.keeps_order = False
 
     @property
     def shares(self) -> bool:
@@ -204,20 +217,19 @@ class Machine:
         return self.vm.exit if self.vm is not None else None
 
     async def boot(
-        self, network: tuple[NetDevice, ...] = (), network_namespace: int | None = None
+        self, open_network: Callable[[], Awaitable[MachineNetwork]] = _no_network
     ) -> AgentClient:
         """Boot and connect. On failure the caller calls `aclose`; cancelling is safe.
 
-        The descriptors stay the caller's; when `launched` is set it may close them.
+        `open_network` runs beside the daemons' start. Its descriptors stay the caller's; when
+        `launched` is set it may close them.
 
         Raises:
             Unavailable: a part died meanwhile, with its reason.
-            HypervisorError, AgentError: a step failed.
+            HypervisorError, AgentError: a step failed; or what `open_network` raises.
         """
-        self._network = network
-        self._network_namespace = network_namespace
         with self._scope:
-            await self._boot()
+            await self._boot(open_network)
         if self.agent is None or self.death is not None:
             raise Unavailable(self.death or "the virtual machine was stopped while it booted")
         return self.agent
@@ -248,7 +260,7 @@ class Machine:
                 self._journal.release(entry)
             self._entries.clear()
 
-    async def _boot(self) -> None:
+    async def _boot(self, open_network: Callable[[], Awaitable[MachineNetwork]]) -> None:
         machinery = self._machinery
         can = machinery.hypervisor.capabilities(self._spec())
         vsock = self._vsock = GuestVsock.open(self._state, can, machinery.open_kernel_vsock)
@@ -256,14 +268,14 @@ class Machine:
             self._journal_socket(vsock.guest_socket)
         self._timeline.enter("starting the daemons of the virtual machine")
         async with ReadinessListener.listen(vsock.endpoint(self._plan.ready_port)) as listener:
-            spec = self._spec(vsock.device(), listener.port)
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._open_network, open_network)
                 if self._plan.shares:
                     nursery.start_soon(self._start_virtiofsd)
                 if vsock.needs_daemon:
                     nursery.start_soon(self._start_vsock_device, vsock)
             self._timeline.mark("helpers")
-            await self._launch(spec)
+            await self._launch(self._spec(vsock.device(), listener.port))
             self._timeline.enter(f"{WAITING} in the guest")
             sock = await self._meet_agent(listener, vsock)
         self.agent = AgentClient(sock, timeouts=self._timeouts)
@@ -305,7 +317,7 @@ class Machine:
 
     async def _wait_report(self, listener: ReadinessListener, limit_s: float) -> None:
         report = await listener.wait(timeout_s=limit_s)
-        self.keeps_output = True
+        self.keeps_output = self.keeps_order = True
         self.boot_ms = dict(report.boot_ms)
         since_init_ms = report.boot_ms.get("listening", 0) - report.boot_ms.get("init", 0)
         self._timeline.mark("kernel", ago_s=since_init_ms / 1000)
@@ -324,6 +336,11 @@ class Machine:
         await self._jobs.start(self._supervise_vm)
         self._timeline.mark("launched")
         self.launched.set()
+
+    async def _open_network(self, open_network: Callable[[], Awaitable[MachineNetwork]]) -> None:
+        self._network = await open_network()
+        if self._network.devices:
+            self._timeline.mark("network")
 
     async def _start_virtiofsd(self) -> None:
         path = self._journal_socket(self._state.socket(_SHARE_SOCKET))
@@ -419,9 +436,9 @@ class Machine:
 
     def _spec(self, vsock: Vsock | None = None, ready_port: int | None = None) -> MachineSpec:
         spec = machine_spec(
-            self._sandbox_id, self._plan, self._state, vsock, ready_port, self._network
+            self._sandbox_id, self._plan, self._state, vsock, ready_port, self._network.devices
         )
-        return replace(spec, network_namespace=self._network_namespace)
+        return replace(spec, network_namespace=self._network.namespace_fd)
 
 
 def machine_spec(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from agent_proto.limits import AgentTimeouts
-from shimv2.boot import Machine, Machinery
+from shimv2.boot import Machine, MachineNetwork, Machinery
 from shimv2.cleanup import remove_state
 from shimv2.container_files import ContainerFiles, Prepared
 from shimv2.errors import FailedPrecondition, Unavailable
@@ -144,7 +144,7 @@ class HostResources:
             self._state_dir.remove()
             raise
 
-    async def open_network(self, bundle: Bundle, config: RuntimeConfig) -> SandboxNetwork:
+    async def open_network(self, bundle: Bundle, config: RuntimeConfig) -> MachineNetwork:
         """Look into the pod's network namespace: the VMM must have the taps at its launch.
 
         The container's hooks of before come first: they may be what makes the network.
@@ -162,7 +162,7 @@ class HostResources:
         self.network = network
         for note in network.notes:
             self.tell_network(note)
-        return network
+        return MachineNetwork(network.devices, network.namespace_fd)
 
     async def adopt_network(self, network: SandboxNetwork, config: RuntimeConfig) -> SandboxNetwork:
         """Docker names no namespace and runs no hook: it looks for the namespace of the task's pid.
@@ -204,10 +204,13 @@ class HostResources:
             shm_bytes=sandbox_shm_bytes(bundle),
             shares=self.machine.shares,
         )
-        async with trio.open_nursery() as nursery:
-            # Neither needs the other, and a round trip to a guest that has just started is slow.
-            nursery.start_soon(network.configure, agent)
-            await agent.create_sandbox(request)
+        # A round trip to a guest that has just started is slow.
+        if self.machine.keeps_order:
+            await network.configure(agent, request)
+        else:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(network.configure, agent)  # neither needs the other
+                await agent.create_sandbox(request)
         timeline.mark("sandbox")
 
     def start_followers(

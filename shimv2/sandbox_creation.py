@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -147,10 +148,12 @@ class SandboxCreation:
             timeline.enter("preparing the container's root filesystem")
             prepared: list[Prepared] = []
 
-            async def prepare() -> None:
+            async def prepare(nursery: trio.Nursery) -> None:
                 # The guest's kernel takes a second to come up; until it does, this costs nothing.
                 await machine.launched.wait()
-                network.vmm_started()
+                if self._host.network is not None:
+                    self._host.network.vmm_started()
+                    nursery.start_soon(self._host.network.wire)
                 if container is not None:
                     await container.open_stdio(container.init)
                     prepared.append(await self._host.files.prepare(bundle, creation.rootfs))
@@ -160,13 +163,9 @@ class SandboxCreation:
                 undo.push_async_callback(self._close_stdio, container)
             timeline.mark("prepared")
             try:
-                network = await self._host.open_network(bundle, config)
-                if network.devices:
-                    timeline.mark("network")
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(prepare)
-                    nursery.start_soon(network.wire)
-                    await machine.boot(network.devices, network.namespace_fd)
+                    nursery.start_soon(prepare, nursery)
+                    await machine.boot(partial(self._host.open_network, bundle, config))
                 self._resources.running(machine)
                 timeline.enter("setting up the sandbox in the guest")
                 await self._host.set_up_guest(self._end.agent, bundle, config, timeline)

@@ -10,7 +10,7 @@ A pod without a namespace of its own path has no interfaces, and then nothing he
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from agent_proto.errors import AgentError
+from agent_proto.pb import agent_pb2
 from hypervisors.errors import HypervisorError
 from shimv2.errors import FailedPrecondition
 from shimv2.guest_network import device_id, emptied, interface, neighbours, net_device, routes
 from shimv2.port_forward import Dial, PortForward
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from agent_proto.client import AgentClient
     from hypervisors.machine import Device, GuestAddress, NetDevice
     from netns.model import Endpoint, Statistics
@@ -147,18 +150,34 @@ class SandboxNetwork:
         while self._vhost_fds:
             os.close(self._vhost_fds.pop())
 
-    async def configure(self, agent: AgentClient) -> None:
-        """Tell the guest its addresses, routes and neighbours; before CreateSandbox.
+    async def configure(self, agent: AgentClient, *following: Message) -> None:
+        """Tell the guest its addresses, routes and neighbours; before the first container.
+
+        With requests `following`, all goes out at once, as `AgentClient.do_in_order`; without,
+        each request waits for the answer to the one before.
 
         Raises:
             AgentError: the agent refused one.
         """
+        requests = list(self._requests())
+        if following:
+            await agent.do_in_order(*requests, *following)
+        else:
+            for request in requests:
+                await agent.do_in_order(request)
         for endpoint in self.endpoints:
-            await agent.update_interface(interface(endpoint))
             self._given[endpoint.ifindex] = _Given(endpoint)
-        if self.endpoints:
-            await self._configure_tables(agent)
         self._carried = self.endpoints
+
+    def _requests(self) -> Iterator[Message]:
+        for endpoint in self.endpoints:
+            yield agent_pb2.UpdateInterfaceRequest(interface=interface(endpoint))
+        if self.endpoints:
+            table = agent_pb2.Routes(Routes=routes(self.endpoints))
+            yield agent_pb2.UpdateRoutesRequest(routes=table)
+        if fixed := neighbours(self.endpoints):
+            entries = agent_pb2.ARPNeighbors(ARPNeighbors=fixed)
+            yield agent_pb2.AddARPNeighborsRequest(neighbors=entries)
 
     async def follow(self, agent: AgentClient, vm: Machine, tell: Tell) -> None:
         """Give the guest what comes to the pod's network later, take what leaves; until `aclose`.

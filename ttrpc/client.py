@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import trio
 
@@ -36,18 +36,57 @@ MAX_PENDING: Final = 4096
 _MAX_TIMEOUT_NANO: Final = 2**63 - 1
 
 
-class _Call:
-    """A unary call that waits for its answer."""
+class Call(NamedTuple):
+    """A unary call to be made; its fields are those of `Client.call`."""
 
-    __slots__ = ("answer", "answered")
+    service: str
+    method: str
+    payload: bytes
+    timeout_s: float | None = None
+    metadata: Metadata = ()
 
-    def __init__(self) -> None:
-        self.answered = trio.Event()
-        self.answer: Response | TtrpcError | None = None
 
-    def finish(self, answer: Response | TtrpcError) -> None:
-        self.answer = answer
-        self.answered.set()
+class PendingCall:
+    """A unary call whose request is sent, made by `Client.begin`."""
+
+    __slots__ = ("_answer", "_answered", "_call", "_client", "_give_up_at", "_stream_id")
+
+    def __init__(self, client: Client, stream_id: int, call: Call) -> None:
+        self._client = client
+        self._stream_id = stream_id
+        self._call = call
+        self._give_up_at = math.inf
+        if call.timeout_s is not None:
+            self._give_up_at = trio.current_time() + max(call.timeout_s, 0)
+        self._answered = trio.Event()
+        self._answer: Response | TtrpcError | None = None
+
+    async def answer(self) -> bytes:
+        """Wait for the answer's payload, once; raises as `Client.call`. Safe to cancel."""
+        try:
+            with trio.move_on_at(self._give_up_at):
+                await self._client._transport.drain()
+                await self._answered.wait()
+        finally:
+            self.forget()
+        answer = self._answer
+        if answer is None:
+            assert self._call.timeout_s is not None
+            raise CallTimeout(self._call.service, self._call.method, self._call.timeout_s)
+        if isinstance(answer, TtrpcError):
+            raise answer
+        if answer.status is not None:
+            raise RemoteStatus(*answer.status)
+        return answer.payload
+
+    def forget(self) -> None:
+        """Ignore the answer if there still comes one. Idempotent."""
+        self._client._calls.pop(self._stream_id, None)
+        self._client._connection.forget(self._stream_id)
+
+    def _finish(self, answer: Response | TtrpcError) -> None:
+        self._answer = answer
+        self._answered.set()
 
 
 class ClientStream:
@@ -141,7 +180,7 @@ class Client:
             self._transport, self._connection, frame_deadline_s=frame_deadline_s
         )
         self._max_pending = max_pending
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, PendingCall] = {}
         self._streams: dict[int, ClientStream] = {}
         self._lost: ConnectionLost | None = None
 
@@ -187,29 +226,31 @@ class Client:
         Raises RemoteStatus, CallTimeout, ConnectionLost, RemoteProtocolError (this answer cannot be
         understood), LocalProtocolError (too large, or too many calls wait).
         """
-        stream_id = self._begin(service, method, payload, timeout_s, metadata, 0)
-        pending = _Call()
-        self._calls[stream_id] = pending
+        (pending,) = self.begin(Call(service, method, payload, timeout_s, metadata))
+        return await pending.answer()
+
+    def begin(self, *calls: Call) -> tuple[PendingCall, ...]:
+        """Send the requests of several calls, in this order and in one piece; return at once.
+
+        Each is to be awaited by `answer` or dropped by `forget`. Whether the server also takes them
+        one after the other is its own affair.
+
+        Raises ConnectionLost, LocalProtocolError as `call`; then nothing is sent.
+        """
+        pending: list[PendingCall] = []
+        data = bytearray()
         try:
-            if timeout_s is None:
-                await self._transport.drain()
-                await pending.answered.wait()
-            else:
-                with trio.move_on_after(max(timeout_s, 0)):
-                    await self._transport.drain()
-                    await pending.answered.wait()
-        finally:
-            self._calls.pop(stream_id, None)
-            self._connection.forget(stream_id)
-        answer = pending.answer
-        if answer is None:
-            assert timeout_s is not None
-            raise CallTimeout(service, method, timeout_s)
-        if isinstance(answer, TtrpcError):
-            raise answer
-        if answer.status is not None:
-            raise RemoteStatus(*answer.status)
-        return answer.payload
+            for call in calls:
+                stream_id, frame = self._request(*call, flags=0)
+                self._calls[stream_id] = PendingCall(self, stream_id, call)
+                pending.append(self._calls[stream_id])
+                data += frame
+            self._transport.write(bytes(data))
+        except BaseException:
+            for one in pending:
+                one.forget()
+            raise
+        return tuple(pending)
 
     async def open_stream(
         self,
@@ -228,7 +269,8 @@ class Client:
         Raises ConnectionLost, LocalProtocolError.
         """
         flags = frames.REMOTE_OPEN if client_streams else frames.REMOTE_CLOSED
-        stream_id = self._begin(service, method, payload, timeout_s, metadata, flags)
+        stream_id, frame = self._request(service, method, payload, timeout_s, metadata, flags=flags)
+        self._transport.write(frame)
         stream = ClientStream(self, stream_id)
         self._streams[stream_id] = stream
         await self._transport.drain()
@@ -239,15 +281,17 @@ class Client:
         self._lose(ConnectionLost("the client was closed"))
         self._transport.close()
 
-    def _begin(
+    def _request(
         self,
         service: str,
         method: str,
         payload: bytes,
         timeout_s: float | None,
         metadata: Metadata,
+        *,
         flags: int,
-    ) -> int:
+    ) -> tuple[int, bytes]:
+        """Make the frame of a request; return it with its stream's number."""
         if self._lost is not None:
             raise ConnectionLost(str(self._lost)) from self._lost
         if len(self._calls) + len(self._streams) >= self._max_pending:
@@ -256,8 +300,7 @@ class Client:
         request = Request(
             stream_id, service, method, payload, _nanoseconds(timeout_s), metadata, flags
         )
-        self._transport.write(self._connection.send(request))
-        return stream_id
+        return stream_id, self._connection.send(request)
 
     async def _send(self, event: Data) -> None:
         if self._lost is not None:
@@ -296,9 +339,9 @@ class Client:
         pending = self._calls.get(stream_id)
         if pending is not None:
             if isinstance(event, Response):
-                pending.finish(event)
+                pending._finish(event)
             elif isinstance(event, Broken):
-                pending.finish(RemoteProtocolError(event.reason))
+                pending._finish(RemoteProtocolError(event.reason))
             return
         stream = self._streams.get(stream_id)
         if stream is not None:
@@ -310,8 +353,8 @@ class Client:
             return
         self._lost = reason
         for call in self._calls.values():
-            if call.answer is None:
-                call.finish(_copy(reason))
+            if call._answer is None:
+                call._finish(_copy(reason))
         for stream in self._streams.values():
             stream._inbox.fail(_copy(reason))
 

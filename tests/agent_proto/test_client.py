@@ -159,7 +159,7 @@ def test_every_method_of_both_services_has_a_call():
 def test_every_call_is_snake_case_of_its_method():
     plain = {name.lower() for name in CALLS}
     coroutines = {name for name in vars(AgentClient) if re.fullmatch(r"[a-z][a-z_]+", name)}
-    assert {name.replace("_", "") for name in coroutines - {"run", "close"}} == plain
+    assert {name.replace("_", "") for name in coroutines - {"run", "close", "do_in_order"}} == plain
 
 
 @pytest.mark.parametrize("method", CALLS)
@@ -180,6 +180,35 @@ async def test_call_goes_there_and_back(method, tmp_path, autojump_clock):
             assert getattr(request, field) == value
         if method in RESULTS:
             assert result == RESULTS[method]
+
+
+NETWORK = [
+    agent_pb2.UpdateInterfaceRequest(interface=types_pb2.Interface(name="eth0")),
+    agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=[types_pb2.Route(dest="")])),
+    agent_pb2.CreateSandboxRequest(sandbox_id="s1"),
+]
+
+
+async def test_requests_in_order_are_sent_without_waiting_for_the_answers(tmp_path):
+    async with connected(tmp_path) as (client, agent), trio.open_nursery() as nursery:
+        agent.hang("UpdateInterface")
+        with trio.fail_after(10):
+            nursery.start_soon(client.do_in_order, *NETWORK)
+            while len(agent.requests) < len(NETWORK):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        # The fake takes them as its event loop likes; their order on the wire is ttrpc's test.
+        assert all(request in NETWORK for _, request in agent.requests)
+        nursery.cancel_scope.cancel()
+
+
+async def test_first_refusal_of_requests_in_order_is_raised_with_its_method(tmp_path):
+    async with connected(tmp_path) as (client, agent):
+        agent.fail("UpdateRoutes", Code.INVALID_ARGUMENT, "no way there")
+        agent.hang("CreateSandbox")
+        with trio.fail_after(10), pytest.raises(AgentStatus, match="no way there") as refused:
+            await client.do_in_order(*NETWORK)
+        assert refused.value.method == "UpdateRoutes"
+        await client.check()
 
 
 async def test_replies_with_structure_arrive_whole(tmp_path, autojump_clock):

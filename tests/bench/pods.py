@@ -89,8 +89,7 @@ def measure_network(node: Node) -> Iterator[Figure]:
 
 def _set_up_ms(marks: dict[str, float]) -> float:
     """What the boot waits for, and what follows it until containers can be made."""
-    opened = marks["network"] - marks["prepared"] if "network" in marks else 0.0
-    return opened + marks["sandbox"] - marks["agent_connected"]
+    return marks["launch"] - marks["prepared"] + marks["sandbox"] - marks["agent_connected"]
 
 
 def _shim_uss(ctr: Ctr, *options: str) -> float:

@@ -71,6 +71,16 @@ def test_packed_modules_are_unpacked(tmp_path: Path) -> None:
     assert found == [("a.ko", b"plain"), ("b.ko", b"by xz"), ("c.ko", b"by gzip")]
 
 
+def test_modules_lose_their_signature(tmp_path: Path) -> None:
+    path = tmp_path / "a.ko"
+    info = struct.pack(">8xI", 5)
+    path.write_bytes(b"\x7fELF code" + b"signd" + info + kernel.SIGNED)
+    assert kernel.module_bytes(path) == ("a.ko", b"\x7fELF code")
+    path.write_bytes(struct.pack(">8xI", 5) + kernel.SIGNED)
+    with pytest.raises(kernel.KernelError, match="longer than the module"):
+        kernel.module_bytes(path)
+
+
 def test_module_packed_in_an_unknown_way_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.ko.br"
     path.write_bytes(b"")

@@ -77,6 +77,16 @@ class Listener:
         self.told = trio.Event()
         self.refusal: AgentError | None = None
 
+    async def do_in_order(self, *requests: Any) -> None:
+        for request in requests:
+            match type(request).__name__:
+                case "UpdateInterfaceRequest":
+                    await self.update_interface(request.interface)
+                case "UpdateRoutesRequest":
+                    await self.update_routes(request.routes.Routes)
+                case "AddARPNeighborsRequest":
+                    await self.add_arp_neighbors(request.neighbors.ARPNeighbors)
+
     async def update_interface(self, message: Any) -> Any:
         if self.refusal is not None:
             raise self.refusal

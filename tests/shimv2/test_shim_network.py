@@ -12,6 +12,7 @@ import trio
 
 from hypervisors.errors import LaunchFailed
 from hypervisors.machine import NetDevice
+from shimv2.config import AgentConfig, RuntimeConfig
 from shimv2.journal import read
 from tests.fakes.fake_process import SLEEP
 from tests.netns.pod import NEEDS_TAPS, OUTSIDE, POD, ROUTES, Holder
@@ -68,10 +69,23 @@ async def test_vmm_gets_the_tap_and_the_guest_the_addresses_before_its_container
         assert told.interface.name == "eth0"
         assert {address.address for address in told.interface.IPAddresses} >= {"10.9.0.2"}
         order = [method for method, _ in shim.agent.requests]
-        assert order.index("UpdateRoutes") < order.index("CreateContainer")
+        for told_before in ("UpdateInterface", "UpdateRoutes", "AddARPNeighbors", "CreateSandbox"):
+            assert order.index(told_before) < order.index("CreateContainer")
         held = [entry.kind for entry in read(shim.state_dir.journal)[1]]
         assert held.count("network") == 1
         assert "mirred" in pod.run("tc filter show dev eth0 ingress")
+
+
+async def test_agent_that_does_not_report_is_told_one_thing_after_the_other(
+    tmp_path: Path, pod: Holder
+) -> None:
+    config = RuntimeConfig(agent=AgentConfig(readiness="dial"))
+    async with ShimBench(tmp_path, config).running() as shim:
+        shim.agent_reports = False
+        shim.agent.program(SLEEP)
+        shim.agent.fail("UpdateInterface", Code.INTERNAL, "of another maker")
+        assert "of another maker" in str(await refusal(shim.create(config=spec_in(pod))))
+        assert shim.agent.called("UpdateRoutes") == []
 
 
 async def test_death_of_the_vmm_undoes_the_wiring_before_delete(

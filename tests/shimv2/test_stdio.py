@@ -80,7 +80,7 @@ async def no_logger(command: LoggerCommand) -> None:
 
 async def test_output_fifos_open_without_a_reader(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out")
-    with trio.fail_after(1):
+    with trio.fail_after(10):
         stdio = await open_stdio(
             parse_stdio("", str(tmp_path / "out"), "", terminal=False),
             no_logger,  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ async def test_closing_wakes_reader_and_writer(tmp_path: Path) -> None:
     async def read() -> None:
         assert await stdin.read() == b""
 
-    with trio.fail_after(1):
+    with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write)
             nursery.start_soon(read)
@@ -318,7 +318,7 @@ async def test_close_io_before_start_is_kept(tmp_path: Path) -> None:
         await shim.call("CloseIO", pb.CloseIORequest(id="c1", stdin=True))
         await shim.call("CloseIO", pb.CloseIORequest(id="c1", stdin=True))
         await shim.start()
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             assert (await shim.wait()).exit_status == 0
 
 
@@ -341,7 +341,7 @@ async def test_a_stalled_reader_holds_up_neither_kill_nor_wait_nor_delete(
         reader = reader_of(out)
         await shim.create(stdout=out)
         await shim.start()
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             await shim.kill()
             assert (await shim.wait()).exit_status == 137
         before = trio.current_time()

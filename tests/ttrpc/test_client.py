@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.ttrpc.wire import calling, frame, request, response_of
 from ttrpc import frames
-from ttrpc.client import Client
+from ttrpc.client import Call, Client
 from ttrpc.connection import Oversize
 from ttrpc.errors import (
     CallTimeout,
@@ -71,6 +71,31 @@ async def test_answers_out_of_order_reach_their_callers():
         await peer.send(answer(5, b"c") + answer(1, b"a") + answer(3, b"b"))
         await wait_all_tasks_blocked()
         assert outcomes == [[b"a"], [b"b"], [b"c"]]
+
+
+async def test_calls_that_begin_together_go_out_in_their_order_and_are_answered_in_any():
+    async with calling() as (client, peer):
+        first, second, third = client.begin(*(Call("test", name, b"") for name in "abc"))
+        sent = [await peer.frame() for _ in range(3)]
+        names = [pb.Request.FromString(one.data).method for one in sent if one is not None]
+        assert names == ["a", "b", "c"]
+        second.forget()
+        await peer.send(answer(5, b"C") + answer(3, b"B") + answer(1, b"A"))
+        assert (await first.answer(), await third.answer()) == (b"A", b"C")
+        assert client.ignored_frames == 1
+
+
+async def test_of_calls_that_begin_together_none_is_sent_if_one_is_too_long():
+    async with calling() as (client, peer):
+        long = Call("test", "long", bytes(frames.MAX_MESSAGE_BYTES))
+        with pytest.raises(MessageTooLarge):
+            client.begin(Call("test", "short", b""), long)
+        (after,) = client.begin(Call("test", "after", b""))
+        sent = await peer.frame()
+        assert sent is not None
+        assert pb.Request.FromString(sent.data).method == "after"
+        await peer.send(answer(sent.stream_id, b"x"))
+        assert await after.answer() == b"x"
 
 
 async def test_timeout_is_told_to_the_peer_and_enforced_here(autojump_clock):

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use prost::Message;
+use tokio::sync::Mutex;
 
 use crate::config::Config;
 use crate::container::Container;
@@ -14,6 +15,7 @@ use crate::native;
 use crate::oom::OomEvents;
 use crate::pb::TtrpcRequest;
 use crate::reaper::Reaper;
+use crate::rpc_network::Configured;
 use crate::sandbox::Sandbox;
 use crate::settle::Settling;
 use crate::status::{Code, Result, Status};
@@ -36,6 +38,7 @@ pub struct Agent {
     pub has_tracers: Cell<bool>,
     pub oom: OomEvents,
     pub settling: Settling,
+    pub network: Mutex<Configured>,
     /// Set by DestroySandbox; nothing new is made after it.
     pub ending: Cell<bool>,
 }

@@ -16,6 +16,7 @@ const RECEIVE_BYTES: usize = 32 * 1024;
 pub struct Netlink {
     socket: OwnedFd,
     sequence: u32,
+    buffer: Vec<u8>,
 }
 
 /// A message of a dump: what follows the netlink header.
@@ -58,7 +59,7 @@ impl Netlink {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkRoute,
         )?;
-        Ok(Self { socket, sequence: 0 })
+        Ok(Self { socket, sequence: 0, buffer: vec![0; RECEIVE_BYTES] })
     }
 
     /// Asks for a change and waits for the kernel's yes or no.
@@ -93,10 +94,9 @@ impl Netlink {
 
     /// Reads until the answer to the last request is complete.
     fn receive(&mut self, mut take: impl FnMut(Message)) -> nix::Result<()> {
-        let mut buffer = vec![0; RECEIVE_BYTES];
         loop {
-            let count = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            let mut rest = &buffer[..count];
+            let count = recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
+            let mut rest = &self.buffer[..count];
             while rest.len() >= HEADER_BYTES {
                 let length = (word(rest, 0) as usize).clamp(HEADER_BYTES, rest.len());
                 let kind = half(rest, 4);

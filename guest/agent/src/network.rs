@@ -56,11 +56,6 @@ impl Network {
         Ok(messages.context(|| "listing links".to_owned())?.iter().map(link).collect())
     }
 
-    pub fn link_by_name(&mut self, name: &str) -> Result<Link> {
-        let found = self.links()?.into_iter().find(|link| link.name == name);
-        found.ok_or_else(|| Status::internal(format!("Link not found (name {name})")))
-    }
-
     /// Changes flags, name or MTU of a link.
     pub fn set_link(
         &mut self,
@@ -111,66 +106,30 @@ impl Network {
     }
 
     /// Routes of the main table that somebody configured: not the kernel's own, not loopback's.
-    pub fn routes(&mut self) -> Result<Vec<types::Route>> {
-        let links = self.links()?;
+    pub fn routes(&mut self, links: &[Link]) -> Result<Vec<types::Route>> {
         let messages = self
             .0
             .dump(libc::RTM_GETROUTE, &Body::new(&[0; ROUTE_HEADER]))
             .context(|| "listing routes".to_owned())?;
-        Ok(messages.iter().filter_map(|message| route(message, &links)).collect())
+        Ok(messages.iter().filter_map(|message| route(message, links)).collect())
     }
 
-    pub fn add_route(&mut self, route: &types::Route) -> Result<()> {
-        let body = self.route_body(route)?;
+    pub fn add_route(&mut self, route: &types::Route, links: &[Link]) -> Result<()> {
+        let body = route_body(route, links)?;
         self.0.change(libc::RTM_NEWROUTE, NEW, &body).context(|| {
             format!("route {} via {:?} dev {}", route.dest, route.gateway, route.device)
         })
     }
 
-    pub fn delete_route(&mut self, route: &types::Route) -> Result<()> {
-        let body = self.route_body(route)?;
+    pub fn delete_route(&mut self, route: &types::Route, links: &[Link]) -> Result<()> {
+        let body = route_body(route, links)?;
         self.0
             .change(libc::RTM_DELROUTE, 0, &body)
             .context(|| format!("removing route {} dev {}", route.dest, route.device))
     }
 
-    fn route_body(&mut self, route: &types::Route) -> Result<Body> {
-        let link = self.link_by_name(&route.device)?;
-        let is_v6 = route.family == types::IpFamily::V6 as i32;
-        let (destination, prefix) = parse_prefix(&route.dest, is_v6)?;
-        let optional = |text: &str| -> Result<Option<Vec<u8>>> {
-            let text = text.split('/').next().unwrap_or("");
-            if text.is_empty() { Ok(None) } else { parse_ip(text).map(|ip| Some(octets(ip))) }
-        };
-        let (gateway, source) = (optional(&route.gateway)?, optional(&route.source)?);
-        let scope = u8::try_from(route.scope).context(|| format!("scope {}", route.scope))?;
-        let family = if is_v6 { libc::AF_INET6 } else { libc::AF_INET };
-        let mut header = [0; ROUTE_HEADER];
-        header[0] = u8::try_from(family).unwrap_or(0);
-        header[1] = prefix;
-        header[4] = libc::RT_TABLE_MAIN;
-        header[5] = libc::RTPROT_BOOT;
-        header[6] = scope;
-        header[7] = libc::RTN_UNICAST;
-        header[8..12].copy_from_slice(&route.flags.to_ne_bytes());
-        let destination = (prefix > 0).then(|| octets(destination));
-        let mut body = Body::new(&header)
-            .attribute_if(RTA_DST, destination.as_deref())
-            .attribute(RTA_OIF, &link.index.to_ne_bytes())
-            .attribute_if(RTA_GATEWAY, gateway.as_deref())
-            .attribute_if(RTA_PREFSRC, source.as_deref());
-        if route.mtu > 0 {
-            let mut metric = [0; 8];
-            metric[..2].copy_from_slice(&8_u16.to_ne_bytes());
-            metric[2..4].copy_from_slice(&RTAX_MTU.to_ne_bytes());
-            metric[4..].copy_from_slice(&route.mtu.to_ne_bytes());
-            body = body.attribute(RTA_METRICS, &metric);
-        }
-        Ok(body)
-    }
-
-    pub fn add_neighbour(&mut self, neighbour: &types::ArpNeighbor) -> Result<()> {
-        let link = self.link_by_name(&neighbour.device)?;
+    pub fn add_neighbour(&mut self, neighbour: &types::ArpNeighbor, links: &[Link]) -> Result<()> {
+        let link = link_by_name(&neighbour.device, links)?;
         let target = neighbour.to_ip_address.as_ref().map_or("", |ip| ip.address.as_str());
         let ip = parse_ip(target.split('/').next().unwrap_or(""))?;
         let family = if ip.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
@@ -189,6 +148,46 @@ impl Network {
             .change(libc::RTM_NEWNEIGH, NEW, &body)
             .context(|| format!("neighbour {ip} on {}", neighbour.device))
     }
+}
+
+fn link_by_name<'a>(name: &str, links: &'a [Link]) -> Result<&'a Link> {
+    let found = links.iter().find(|link| link.name == name);
+    found.ok_or_else(|| Status::internal(format!("Link not found (name {name})")))
+}
+
+fn route_body(route: &types::Route, links: &[Link]) -> Result<Body> {
+    let link = link_by_name(&route.device, links)?;
+    let is_v6 = route.family == types::IpFamily::V6 as i32;
+    let (destination, prefix) = parse_prefix(&route.dest, is_v6)?;
+    let optional = |text: &str| -> Result<Option<Vec<u8>>> {
+        let text = text.split('/').next().unwrap_or("");
+        if text.is_empty() { Ok(None) } else { parse_ip(text).map(|ip| Some(octets(ip))) }
+    };
+    let (gateway, source) = (optional(&route.gateway)?, optional(&route.source)?);
+    let scope = u8::try_from(route.scope).context(|| format!("scope {}", route.scope))?;
+    let family = if is_v6 { libc::AF_INET6 } else { libc::AF_INET };
+    let mut header = [0; ROUTE_HEADER];
+    header[0] = u8::try_from(family).unwrap_or(0);
+    header[1] = prefix;
+    header[4] = libc::RT_TABLE_MAIN;
+    header[5] = libc::RTPROT_BOOT;
+    header[6] = scope;
+    header[7] = libc::RTN_UNICAST;
+    header[8..12].copy_from_slice(&route.flags.to_ne_bytes());
+    let destination = (prefix > 0).then(|| octets(destination));
+    let mut body = Body::new(&header)
+        .attribute_if(RTA_DST, destination.as_deref())
+        .attribute(RTA_OIF, &link.index.to_ne_bytes())
+        .attribute_if(RTA_GATEWAY, gateway.as_deref())
+        .attribute_if(RTA_PREFSRC, source.as_deref());
+    if route.mtu > 0 {
+        let mut metric = [0; 8];
+        metric[..2].copy_from_slice(&8_u16.to_ne_bytes());
+        metric[2..4].copy_from_slice(&RTAX_MTU.to_ne_bytes());
+        metric[4..].copy_from_slice(&route.mtu.to_ne_bytes());
+        body = body.attribute(RTA_METRICS, &metric);
+    }
+    Ok(body)
 }
 
 fn link(message: &Message) -> Link {

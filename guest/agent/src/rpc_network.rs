@@ -1,5 +1,6 @@
 //! RPCs on the network.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, Stdio};
 
@@ -7,6 +8,7 @@ use crate::agent::Agent;
 use crate::block::{parse_pci_path, pci_device, wait_for};
 use crate::network::{Address, Link, Network, parse_ip};
 use crate::pb::{grpc, types};
+use crate::settle::Stage;
 use crate::status::{Context, Result, Status};
 use crate::{modules, warn};
 
@@ -15,14 +17,26 @@ const LOOPBACK: u32 = 1;
 /// Source: linux/if.h, IFNAMSIZ with its NUL.
 const MAX_NAME_BYTES: usize = 15;
 
+/// What requests have made of the guest's network, held by one of them at a time: requests that
+/// come together are carried out in the order in which they came.
+#[derive(Default)]
+pub struct Configured {
+    /// Links that may have addresses.
+    links: BTreeSet<u32>,
+    /// There may be routes that somebody configured.
+    routes: bool,
+}
+
 impl Agent {
     /// Finds the link by its hardware address and makes it what the host describes.
     pub async fn update_interface(
         &self,
         request: grpc::UpdateInterfaceRequest,
     ) -> Result<types::Interface> {
+        let mut configured = self.network.lock().await;
         let wanted = request.interface.ok_or_else(|| Status::invalid("no interface"))?;
         check_name(&wanted.name)?;
+        self.settling.wait_for(Stage::Devices).await;
         if !wanted.device_path.is_empty() {
             let slots = parse_pci_path(&wanted.device_path)?;
             let look = || {
@@ -34,16 +48,21 @@ impl Agent {
             let what = format!("a network device at PCI path {}", wanted.device_path);
             wait_for(&what, self.config.hotplug_timeout, look).await?;
         }
-        // A hot-plugged interface may be the first of its kind.
-        modules::load_for_devices();
         let mut network = Network::open()?;
-        let links = network.links()?;
+        let mut links = network.links()?;
+        let is_it = |link: &&Link| link.hardware_address.eq_ignore_ascii_case(&wanted.hw_addr);
+        if !links.iter().any(|link| is_it(&link)) {
+            // A hot-plugged interface may be the first of its kind.
+            modules::load_for_devices();
+            links = network.links()?;
+        }
         let link = links
             .iter()
-            .find(|link| link.hardware_address.eq_ignore_ascii_case(&wanted.hw_addr))
+            .find(is_it)
             .ok_or_else(|| Status::internal(format!("Link not found ({})", wanted.hw_addr)))?;
         rename(&mut network, link, &links, &wanted.name)?;
-        set_addresses(&mut network, link.index, &wanted.ip_addresses)?;
+        let is_new = configured.links.insert(link.index) && self.is_init;
+        set_addresses(&mut network, link.index, &wanted.ip_addresses, is_new)?;
         let mtu = u32::try_from(wanted.mtu).ok().filter(|mtu| *mtu > 0);
         let arp = wanted.raw_flags & libc::IFF_NOARP.cast_unsigned() == 0;
         network.set_link(link.index, Some(true), None, mtu, Some(arp))?;
@@ -53,25 +72,32 @@ impl Agent {
     /// Makes the configured routes exactly those of the request; direct ones come first, because a
     /// gateway must be reachable when its route is added.
     pub async fn update_routes(&self, request: grpc::UpdateRoutesRequest) -> Result<grpc::Routes> {
+        let mut configured = self.network.lock().await;
         let wanted = request.routes.unwrap_or_default().routes;
         let mut network = Network::open()?;
-        for route in network.routes()? {
-            if let Err(status) = network.delete_route(&route) {
-                warn!("{status}");
+        let links = network.links()?;
+        if configured.routes || !self.is_init {
+            for route in network.routes(&links)? {
+                if let Err(status) = network.delete_route(&route, &links) {
+                    warn!("{status}");
+                }
             }
         }
+        configured.routes = true;
         let (direct, by_gateway): (Vec<_>, Vec<_>) =
             wanted.iter().partition(|route| route.gateway.is_empty());
         for route in direct.into_iter().chain(by_gateway) {
-            network.add_route(route)?;
+            network.add_route(route, &links)?;
         }
-        Ok(grpc::Routes { routes: network.routes()? })
+        Ok(grpc::Routes { routes: wanted })
     }
 
     pub async fn add_arp_neighbors(&self, request: grpc::AddArpNeighborsRequest) -> Result<()> {
+        let _turn = self.network.lock().await;
         let mut network = Network::open()?;
+        let links = network.links()?;
         for neighbour in request.neighbors.unwrap_or_default().arp_neighbors {
-            network.add_neighbour(&neighbour)?;
+            network.add_neighbour(&neighbour, &links)?;
         }
         Ok(())
     }
@@ -87,7 +113,9 @@ impl Agent {
     }
 
     pub async fn list_routes(&self, _: grpc::ListRoutesRequest) -> Result<grpc::Routes> {
-        Ok(grpc::Routes { routes: Network::open()?.routes()? })
+        let mut network = Network::open()?;
+        let links = network.links()?;
+        Ok(grpc::Routes { routes: network.routes(&links)? })
     }
 
     pub async fn get_ip_tables(
@@ -175,7 +203,13 @@ fn rename(network: &mut Network, link: &Link, links: &[Link], name: &str) -> Res
     network.set_link(link.index, None, Some(name), None, None)
 }
 
-fn set_addresses(network: &mut Network, link: u32, wanted: &[types::IpAddress]) -> Result<()> {
+/// Gives a link these addresses and no others; one that `is_new` has none to take away.
+fn set_addresses(
+    network: &mut Network,
+    link: u32,
+    wanted: &[types::IpAddress],
+    is_new: bool,
+) -> Result<()> {
     let wanted: Vec<Address> = wanted
         .iter()
         .map(|address| {
@@ -187,7 +221,8 @@ fn set_addresses(network: &mut Network, link: u32, wanted: &[types::IpAddress]) 
             Ok(Address { link, ip, prefix })
         })
         .collect::<Result<_>>()?;
-    for present in network.addresses()? {
+    let present = if is_new { Vec::new() } else { network.addresses()? };
+    for present in present {
         // The kernel makes an IPv6 link-local address itself.
         let is_own = matches!(present.ip, std::net::IpAddr::V6(ip) if ip.is_unicast_link_local());
         if present.link == link && !is_own && !wanted.contains(&present) {

@@ -3,6 +3,8 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use tokio::sync::Mutex;
+
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::oom::OomEvents;
@@ -28,6 +30,7 @@ impl Agent {
             has_tracers: Cell::new(false),
             oom: OomEvents::new().context(|| "inotify".to_owned())?,
             settling: Settling::default(),
+            network: Mutex::default(),
             ending: Cell::new(false),
         })
     }
