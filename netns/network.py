@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -45,6 +46,7 @@ OPEN_S: Final = 15.0
 WIRE_S: Final = 30.0
 UNDO_S: Final = 5.0
 _E2BIG: Final = 7
+_UNDOING: Final = "undo the network"
 
 
 class UndoRecord(NamedTuple):
@@ -219,7 +221,7 @@ class PodNetwork:
         if steps and self._namespace.fd >= 0:
             try:
                 work = partial(_revert, steps)
-                await run_inside(self._namespace.fd, "undo the network", work, timeout_s=UNDO_S)
+                await run_inside(self._namespace.fd, _UNDOING, work, timeout_s=UNDO_S)
                 self._done.clear()
             except NetnsError as error:
                 problems.append(str(error))
@@ -289,21 +291,48 @@ def undo_recorded(fields: Mapping[str, str | int]) -> str | None:
     Blocks, for at most `UNDO_S`. May be run any number of times.
     """
     try:
+        with _recorded(fields) as step:
+            if step is not None:
+                run_inside_blocking(step.namespace_fd, _UNDOING, step.work, timeout_s=UNDO_S)
+    except NetnsError as error:
+        return str(error)
+    return None
+
+
+async def undo_recorded_live(fields: Mapping[str, str | int]) -> str | None:
+    """Do as `undo_recorded`, for an event loop. Safe to cancel."""
+    try:
+        with _recorded(fields) as step:
+            if step is not None:
+                await run_inside(step.namespace_fd, _UNDOING, step.work, timeout_s=UNDO_S)
+    except NetnsError as error:
+        return str(error)
+    return None
+
+
+class _Undoing(NamedTuple):
+    """What is to be done to undo a record, and where."""
+
+    namespace_fd: int
+    work: Callable[[], Outcome]
+
+
+@contextmanager
+def _recorded(fields: Mapping[str, str | int]) -> Iterator[_Undoing | None]:
+    """Give what undoes an UndoRecord; None when its namespace is gone. Raises NetnsError."""
+    try:
         namespace = Namespace.open(Path(str(fields["path"])))
     except NamespaceGone:
-        return None
-    except NetnsError as error:
-        return str(error)
+        yield None
+        return
     try:
         if (namespace.device, namespace.inode) != (fields["device"], fields["inode"]):
-            return None  # another one by the same name
-        work = partial(_revert, from_record(json.loads(str(fields["steps"]))))
-        run_inside_blocking(namespace.fd, "undo the network", work, timeout_s=UNDO_S)
-    except NetnsError as error:
-        return str(error)
+            yield None  # another one by the same name
+        else:
+            steps = from_record(json.loads(str(fields["steps"])))
+            yield _Undoing(namespace.fd, partial(_revert, steps))
     finally:
         namespace.close()
-    return None
 
 
 # --- What runs inside of the namespace ---

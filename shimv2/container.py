@@ -333,9 +333,14 @@ class Container:
         await process.admit(Operation.DELETE)
         never_ran = process.state is State.CREATED
         process.become(State.DELETING)
-        await process.drain()
         if never_ran:
             process.settle(exit_now(0))
+        try:
+            await process.drain()
+        except BaseException:
+            # The client may try again; that would wait for ever for this Delete's end.
+            process.become(State.STOPPED)
+            raise
         self.execs.pop(process.exec_id, None)
         self._exec_processes.pop(process.exec_id, None)
         process.vanish()

@@ -47,29 +47,47 @@ def _stat_fields(pid: int) -> list[bytes]:
 
 
 def kill_and_wait(pid: int, start_time: int, name: str, deadline_s: float) -> str | None:
-    """SIGKILL this very process and wait for its death; None when it is gone, else a sentence.
+    """SIGKILL this very process and wait for its death; None when it is gone, else a sentence."""
+    descriptor = kill(pid, start_time)
+    if descriptor is None:
+        return None
+    try:
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        return None if poller.poll(deadline_s * 1000) else survived(pid, name, deadline_s)
+    finally:
+        os.close(descriptor)
+
+
+def kill(pid: int, start_time: int) -> int | None:
+    """SIGKILL this very process; return a pidfd, readable when it is dead, or None if it is gone.
 
     The descriptor is taken before the start time is compared: from then on the pid can't change its
-    meaning under the signal.
+    meaning under the signal. The caller closes it.
     """
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return None
     try:
-        if start_time_ticks(pid) != start_time:
-            return None
-        try:
+        if start_time_ticks(pid) == start_time:
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        except ProcessLookupError:
-            return None
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        if poller.poll(deadline_s * 1000):
-            return None
-        return f"{name} (pid {pid}) survived SIGKILL for {deadline_s:g} s"
-    finally:
+            return descriptor
+    except ProcessLookupError:
+        pass
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def survived(pid: int, name: str, deadline_s: float) -> str:
+    """Say that a process is still there."""
+    return (
+        f"{name} (pid {pid}) survived SIGKILL for {deadline_s:g} s: it hangs in the kernel, "
+        f"where /proc/{pid}/stack says"
+    )
 
 
 def kill_session(leader: int, start_time: int, name: str, deadline_s: float) -> str | None:

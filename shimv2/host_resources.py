@@ -23,6 +23,7 @@ from shimv2.errors import FailedPrecondition, Unavailable
 from shimv2.guest_requests import sandbox_request
 from shimv2.host_cgroup import HostCgroup
 from shimv2.journal import DEFERRED, Journal, outlasts
+from shimv2.live_undo import undo_live
 from shimv2.logger import start_logger
 from shimv2.rootfs import sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
@@ -336,7 +337,7 @@ class HostResources:
             self._files.close()
         if self._journal is None:
             return
-        for problem in self._journal.undo():
+        for problem in await undo_live(self._journal):
             self._log.warning("cleanup", problem=problem)
         self._close_journal()
 

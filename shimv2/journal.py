@@ -101,7 +101,11 @@ class Journal:
         try:
             descriptor = os.open(path, flags, 0o600)
         except FileExistsError as error:
-            text = f"{path} exists: an earlier shim was not cleaned up"
+            text = (
+                f"{path} exists: an earlier shim was not cleaned up; containerd's log says what "
+                "was left behind; end the processes that the journal names, then remove "
+                f"{os.path.dirname(path)}"
+            )
             raise FailedPrecondition(text) from error
         journal = cls(path, descriptor, 1)
         journal._append({

@@ -187,7 +187,9 @@ class SandboxCgroup:
             return Move.start(pids, self.directories)
         except OSError as error:
             raise FailedPrecondition(
-                f"the sandbox's cgroup {self.path}: no process can be moved ({error.strerror})"
+                f"the sandbox's cgroup {self.path}: no process can be moved ({error.strerror}): "
+                "no child process could be started; raise the limit of processes (pids.max) of "
+                "containerd's cgroup, or end what fills it"
             ) from error
 
     async def _finish(self, move: Move) -> dict[str, OSError]:

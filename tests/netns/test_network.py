@@ -23,7 +23,7 @@ from netns.errors import (
 )
 from netns.inside import Outcome, run_inside
 from netns.model import RateLimits, Wiring
-from netns.network import PodNetwork, UndoRecord, undo_recorded
+from netns.network import PodNetwork, UndoRecord, undo_recorded, undo_recorded_live
 from netns.plan import AddIngress, attachments, wire
 from tests.harness.limitations import documented
 from tests.netns.pod import NEEDS_TAPS, OUTSIDE, POD, ROUTES, Holder
@@ -247,9 +247,14 @@ async def test_undo_of_a_namespace_that_is_gone_is_fine(outside):
     await network.aclose()
     short.close()
     assert undo_recorded(records[-1]._asdict()) is None
+    assert await undo_recorded_live(records[-1]._asdict()) is None
 
 
-async def test_killed_shim_s_wiring_is_undone_from_its_record(pod, outside):
+@pytest.mark.parametrize("is_live", [False, True])
+async def test_killed_shim_s_wiring_is_undone_from_its_record(pod, outside, is_live):
+    async def undo(fields):
+        return await undo_recorded_live(fields) if is_live else undo_recorded(fields)
+
     before = pod.everything()
     records: list[UndoRecord] = []
     network = await PodNetwork.open(pod.path, records.append)
@@ -257,9 +262,10 @@ async def test_killed_shim_s_wiring_is_undone_from_its_record(pod, outside):
     network.close_taps()  # as the kernel does for the dead
     assert pod.everything() != before
     other = records[-1]._asdict() | {"inode": 1}
-    assert undo_recorded(other) is None
+    assert await undo(other) is None
     assert pod.everything() != before
-    assert undo_recorded(records[-1]._asdict()) is None
+    assert await undo(records[-1]._asdict()) is None
+    assert await undo(records[-1]._asdict()) is None
     assert pod.everything() == before
     await network.aclose()
 

@@ -112,7 +112,7 @@ def test_a_released_entry_is_not_undone(tmp_path):
 
 def test_a_second_journal_in_one_place_is_refused(tmp_path):
     opened(tmp_path)
-    with pytest.raises(FailedPrecondition):
+    with pytest.raises(FailedPrecondition, match=f"then remove {tmp_path}"):
         opened(tmp_path)
 
 

@@ -18,6 +18,7 @@ from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
 from shimv2.host_resources import HostResources
 from shimv2.pb import containerd_process_pb2 as process_pb
 from shimv2.pb import containerd_task_pb2 as pb
+from shimv2.process import ContainerProcess
 from tests.fakes.fake_process import SLEEP, Program
 from tests.harness.limitations import documented
 from tests.shimv2.shim_bench import ShimBench, pod_annotations, refusal, spec
@@ -182,6 +183,25 @@ async def test_a_delete_that_failed_can_be_tried_again(
             assert "broken" in str(await refusal(shim.delete()))
         with trio.fail_after(10):
             assert (await shim.delete()).exit_status == 0
+
+
+async def test_a_delete_of_an_exec_that_failed_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ShimBench(tmp_path).running() as shim:
+        shim.agent.program(SLEEP)
+        await shim.run()
+        await shim.exec("e1")
+
+        async def broken(*_: object) -> None:
+            raise OSError(errno.EIO, "broken")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ContainerProcess, "drain", broken)
+            assert "broken" in str(await refusal(shim.delete(exec_id="e1")))
+        with trio.fail_after(10):
+            assert (await shim.delete(exec_id="e1")).exit_status == 0
+        await shim.exec("e1")
 
 
 async def test_what_is_missing_on_the_host_is_named_before_anything_is_taken(
