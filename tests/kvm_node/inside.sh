@@ -27,6 +27,8 @@ ln -sfn "$modules" "/lib/modules/$release"
 # pages for each fault, of which an emulated one is expensive.
 modprobe kvm halt_poll_ns=0 tdp_mmu=0
 modprobe --all kvm_amd vhost_vsock vhost_net tun loop
+# A VM's shared memory in huge pages: a fault, which costs an exit, for every 512 pages of a guest.
+echo always >/sys/kernel/mm/transparent_hugepage/shmem_enabled
 # As udev does for the group of that name, which a machine without KVM may lack.
 group=$(getent group kvm | cut -d: -f3)
 chgrp "${group:-993}" /dev/kvm
