@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 from .errors import Unsupported
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from .base import Hypervisor
 
 # An entry point of this group names a callable without arguments that returns a `Hypervisor`.
@@ -46,12 +48,21 @@ def find_hypervisor(name: str) -> Hypervisor:
         from .cloud_hypervisor import CloudHypervisor
 
         return CloudHypervisor()
+    offered = _offered()
+    if name in offered:
+        backend: Hypervisor = offered[name].load()()
+        return backend
+    known = ", ".join(sorted({*BUILT_IN, *offered}))
+    raise Unsupported(name, "be used", "no such hypervisor is installed", f"choose one of: {known}")
+
+
+def installed() -> tuple[str, ...]:
+    """Return the names of all backends: ours, then those of other distributions."""
+    return (*BUILT_IN, *sorted(set(_offered()) - set(BUILT_IN)))
+
+
+def _offered() -> dict[str, EntryPoint]:
     # Reading the installed distributions costs tens of milliseconds: only for foreign names.
     from importlib.metadata import entry_points
 
-    found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-    if name in found:
-        backend: Hypervisor = found[name].load()()
-        return backend
-    known = ", ".join(sorted({*BUILT_IN, *found}))
-    raise Unsupported(name, "be used", "no such hypervisor is installed", f"choose one of: {known}")
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

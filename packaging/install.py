@@ -33,6 +33,8 @@ REPOSITORY: Final = Path(__file__).resolve().parents[1]
 BUILD: Final = REPOSITORY / "build"
 PACKAGES: Final = ("ttrpc", "agent_proto", "hypervisors", "netns", "shimv2")
 SHIM: Final = "containerd-shim-kata-v2"
+# Where backends of other distributions are put (docs/writing-a-backend.md); ours is replaced whole.
+OTHERS: Final = Path("/opt/kata-shimv2")
 VIRTIOFSD_PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 # What a runtime's name may add (io.containerd.kata-clh.v2, as Kata's links are called), each with a
 # configuration of its own; the first is what the plain name means.
@@ -74,14 +76,14 @@ class Layout:
 
 TREE: Final = Layout(
     bin=BUILD / "bin",
-    library=(REPOSITORY, Path(sysconfig.get_path("purelib"))),
+    library=(REPOSITORY, Path(sysconfig.get_path("purelib")), OTHERS),
     configuration=BUILD / "etc" / "configuration.toml",
     guest=BUILD / "guest",
     vsock_device=BUILD / "bin" / "vhost-device-vsock",
 )
 SYSTEM: Final = Layout(
     bin=Path("/usr/bin"),
-    library=(Path("/usr/lib/kata-shimv2"),),
+    library=(Path("/usr/lib/kata-shimv2"), OTHERS),
     configuration=Path("/etc/kata-containers/configuration.toml"),
     guest=Path("/usr/share/kata-containers"),
     vsock_device=Path("/usr/libexec/kata-shimv2/vhost-device-vsock"),
@@ -107,8 +109,7 @@ def install(destination: Path) -> None:
     def below(path: Path) -> Path:
         return destination / path.relative_to("/")
 
-    (library,) = SYSTEM.library
-    _install_library(below(library))
+    _install_library(below(SYSTEM.library[0]))
     _write(below(SYSTEM.bin / SHIM), _filled(f"{SHIM}.in", SYSTEM), 0o755)
     for name in _link_names():
         _link(below(SYSTEM.bin / name))

@@ -1,8 +1,8 @@
 """What `hypervisors/base.py` promises, checked on every backend that can run here.
 
-A backend of another distribution is tested by adding it to `tests/harness/vmm.py`; nothing below
-knows which one it talks to. Machines are ended long before their guest is up, so a test takes
-tenths of a second; test_contract_guest.py, the other half, waits for it.
+A backend of another distribution is tested when it is installed and KATA_TEST_<NAME> names its
+program; nothing below knows which one it talks to. Machines are ended long before their guest is
+up, so a test takes tenths of a second; test_contract_guest.py, the other half, waits for it.
 """
 
 from __future__ import annotations
@@ -157,6 +157,34 @@ async def test_cancelled_supervision_takes_the_vmm_along(
         nursery.cancel_scope.cancel()
     assert machine.exit.kind is ExitKind.KILLED
     assert await machine.wait_exited() == machine.exit
+
+
+@pytest.mark.parametrize("moment", ["at once", "when it is forked", "while it is mute"])
+async def test_cancelled_launch_leaves_nothing(
+    backend, make_spec, records, tmp_path, moment, no_descriptor_left
+):
+    mute = tmp_path / "bin" / "mute"
+    mute.parent.mkdir()
+    mute.write_text("#!/bin/sh\nexec sleep 1000\n")
+    mute.chmod(0o755)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    # Privileged: pytest's directory is closed to other users.
+    spec = make_spec(binary=mute, run_dir=run_dir, unprivileged=False)
+
+    def record(entry):
+        records.append(entry)
+        if moment == "when it is forked":
+            scope.cancel()
+
+    with trio.CancelScope() as scope:
+        if moment == "at once":
+            scope.cancel()
+        elif moment == "while it is mute":
+            scope.deadline = trio.current_time() + 0.3
+        await backend.launch(spec, record=record)
+    assert scope.cancelled_caught
+    assert list(run_dir.iterdir()) == []
 
 
 async def test_machine_that_was_never_supervised_can_be_closed(

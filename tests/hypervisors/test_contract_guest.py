@@ -297,11 +297,3 @@ def _dial_nobody(path):
         guest.send(b"CONNECT 1024\n")
         # Nobody listens in this guest; the device answers by closing.
         assert guest.recv(64) == b""
-
-
-async def test_cancelled_launch_leaves_nothing(backend, make_spec, records, tmp_path):
-    for delay_s in (0.0, 0.01, 0.05):
-        with trio.move_on_after(delay_s):
-            await backend.launch(make_spec(), record=records.append)
-            pytest.skip("the machine was launched before it could be cancelled")
-    assert list(tmp_path.iterdir()) == []

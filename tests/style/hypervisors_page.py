@@ -1,7 +1,7 @@
 """The table of docs/hypervisors.md, made from what the backends say of themselves.
 
-python -m tests.style.hypervisors_page        prints the table
-python -m tests.style.hypervisors_page -w     puts it into the page
+python -m tests.style.hypervisors_page        prints the table, with all that are installed
+python -m tests.style.hypervisors_page -w     puts it into the page, with ours
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from unittest import mock
 
 from hypervisors import accel
 from hypervisors.machine import Capabilities, MachineSpec
-from hypervisors.registry import BUILT_IN, find_hypervisor
+from hypervisors.registry import BUILT_IN, find_hypervisor, installed
 from tests.style import source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PAGE: Final = source.ROOT / "docs" / "hypervisors.md"
 BEGIN: Final = "<!-- table: made by tests/style/hypervisors_page.py -->"
@@ -49,18 +49,18 @@ def specification() -> MachineSpec:
     )  # fmt: skip
 
 
-def capabilities() -> dict[str, Capabilities]:
-    """What each backend says on a host with KVM and vhost-vsock."""
+def capabilities(names: Sequence[str]) -> dict[str, Capabilities]:
+    """What each of these backends says on a host with KVM and vhost-vsock."""
     with (
         mock.patch.object(accel, "kvm_problem", return_value=None),
         mock.patch.object(accel, "kernel_vsock_usable", return_value=True),
     ):
-        return {name: find_hypervisor(name).capabilities(specification()) for name in BUILT_IN}
+        return {name: find_hypervisor(name).capabilities(specification()) for name in names}
 
 
-def table() -> str:
-    """Return the table as Markdown."""
-    return "\n".join(_lines(capabilities()))
+def table(names: Sequence[str] = BUILT_IN) -> str:
+    """Return the table of these backends as Markdown."""
+    return "\n".join(_lines(capabilities(names)))
 
 
 def _lines(found: dict[str, Capabilities]) -> Iterator[str]:
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     if arguments == ["-w"]:
         PAGE.write_text(page())
     else:
-        print(table())
+        print(table(installed()))
     return 0
 
 
