@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +103,32 @@ class Listener:
         self.neighbours = list(messages)
 
 
-def journal_in(directory: Path) -> Journal:
-    return Journal.open(str(directory / "journal"), namespace="n", sandbox_id="s")
+@pytest.fixture
+def book(tmp_path):
+    """The sandbox's journal; nothing is held in it when the test ends."""
+    made = Journal.open(str(tmp_path / "journal"), namespace="n", sandbox_id="s")
+    yield made
+    assert kinds(made) == []
+    made.close()
+
+
+@asynccontextmanager
+async def opened(namespace: Path | None, book: Journal) -> AsyncIterator[SandboxNetwork]:
+    """A sandbox's network; it is taken back without a complaint."""
+    network = await SandboxNetwork.open(namespace, CONFIG, book, vcpus=1)
+    yield network
+    assert await network.aclose() == []
+
+
+@asynccontextmanager
+async def configured(namespace: Path, book: Journal) -> AsyncIterator[tuple[SandboxNetwork, Any]]:
+    """One whose VM runs and whose guest has heard of it, and what it has heard."""
+    async with opened(namespace, book) as network:
+        await network.wire()
+        network.vmm_started()
+        agent: Any = Listener()
+        await network.configure(agent)
+        yield network, agent
 
 
 def kinds(book: Journal) -> list[str]:
@@ -121,54 +147,44 @@ def test_host_network_is_refused_with_a_way_out(spec):
         namespace_path(spec)
 
 
-async def test_pod_without_a_namespace_has_no_devices_and_takes_nothing(tmp_path):
-    book = journal_in(tmp_path)
-    network = await SandboxNetwork.open(None, CONFIG, book, vcpus=1)
-    agent: Any = Listener()
-    await network.wire()
-    await network.configure(agent)
-    assert (network.devices, agent.interfaces, kinds(book)) == ((), [], [])
-    assert await network.aclose() == []
-    book.close()
+async def test_pod_without_a_namespace_has_no_devices_and_takes_nothing(book):
+    async with opened(None, book) as network:
+        agent: Any = Listener()
+        await network.wire()
+        await network.configure(agent)
+        assert (network.devices, agent.interfaces, kinds(book)) == ((), [], [])
 
 
-async def test_host_s_namespace_is_refused_before_anything_is_taken(tmp_path):
-    book = journal_in(tmp_path)
+async def test_host_s_namespace_is_refused_before_anything_is_taken(book):
     with pytest.raises(HostNamespace):
         await SandboxNetwork.open(Path("/proc/self/ns/net"), CONFIG, book, vcpus=1)
     assert kinds(book) == []
-    book.close()
 
 
 class TestWired:
     pytestmark = NEEDS_TAPS
 
     async def test_guest_is_told_everything_and_the_journal_is_empty_after(
-        self, tmp_path, pod, outside
+        self, book, pod, outside
     ):
         pod.run(ROUTES)
         before = pod.everything()
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=2)
-        assert kinds(book) == []
-        (device,) = network.devices
-        assert (device.mac, device.mtu) == ("02:00:00:00:00:07", 1450)
-        await network.wire()
-        assert kinds(book) == ["network"]
-        network.vmm_started()
-        agent: Any = Listener()
-        await network.configure(agent)
-        assert [message.name for message in agent.interfaces] == ["eth0"]
-        assert len(agent.routes) == 4
-        assert len(agent.neighbours) == 1
-        assert await network.aclose() == []
-        assert kinds(book) == []
+        async with opened(pod.path, book) as network:
+            assert kinds(book) == []
+            (device,) = network.devices
+            assert (device.mac, device.mtu) == ("02:00:00:00:00:07", 1450)
+            await network.wire()
+            assert kinds(book) == ["network"]
+            network.vmm_started()
+            agent: Any = Listener()
+            await network.configure(agent)
+            assert [message.name for message in agent.interfaces] == ["eth0"]
+            assert len(agent.routes) == 4
+            assert len(agent.neighbours) == 1
         assert pod.everything() == before
-        book.close()
 
-    async def test_killed_shim_s_journal_undoes_the_wiring(self, tmp_path, pod, outside):
+    async def test_killed_shim_s_journal_undoes_the_wiring(self, book, pod, outside):
         before = pod.everything()
-        book = journal_in(tmp_path)
         network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
         await network.wire()
         network.vmm_started()
@@ -177,74 +193,57 @@ class TestWired:
         assert replay(book.path) == []
         assert pod.everything() == before
         await network.aclose()
-        book.close()
 
     async def test_interface_that_arrives_later_is_attached_and_configured(
-        self, tmp_path, holder, outside
+        self, book, holder, outside
     ):
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
-        await network.wire()
-        agent: Any = Listener()
-        vm = Vmm()
-        with trio.fail_after(20):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(network.follow, agent, vm, pytest.fail)
-                await trio.testing.wait_all_tasks_blocked()
-                holder.run(POD.format(outside=outside.pid))
-                outside.run(OUTSIDE)
-                await agent.told.wait()
-                nursery.cancel_scope.cancel()
-        assert [device.mac for device in vm.plugged.values()] == ["02:00:00:00:00:07"]
-        assert agent.interfaces[0].devicePath == "10/00"
-        assert await network.aclose() == []
-        assert kinds(book) == []
-        book.close()
+        async with opened(holder.path, book) as network:
+            await network.wire()
+            agent: Any = Listener()
+            vm = Vmm()
+            with trio.fail_after(20):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(network.follow, agent, vm, pytest.fail)
+                    await trio.testing.wait_all_tasks_blocked()
+                    holder.run(POD.format(outside=outside.pid))
+                    outside.run(OUTSIDE)
+                    await agent.told.wait()
+                    nursery.cancel_scope.cancel()
+            assert [device.mac for device in vm.plugged.values()] == ["02:00:00:00:00:07"]
+            assert agent.interfaces[0].devicePath == "10/00"
 
     async def test_interface_that_leaves_is_unplugged_and_may_come_back(
-        self, tmp_path, holder, outside
+        self, book, holder, outside
     ):
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
-        agent: Any = Listener()
-        vm = Vmm()
-        for _ in range(2):
-            holder.run(POD.format(outside=outside.pid))
-            outside.run(OUTSIDE)
-            await network.catch_up(agent, vm, pytest.fail)
-            (device,) = vm.plugged.values()
-            assert device.mac == "02:00:00:00:00:07"
-            holder.run("ip link del eth0")
-            await network.catch_up(agent, vm, pytest.fail)
-            assert not vm.plugged
-            assert agent.routes == []
-            assert network.endpoints == ()
-        assert [message.name for message in agent.interfaces] == ["eth0", "eth0"]
-        assert await network.aclose() == []
-        assert kinds(book) == []
-        book.close()
+        async with opened(holder.path, book) as network:
+            agent: Any = Listener()
+            vm = Vmm()
+            for _ in range(2):
+                holder.run(POD.format(outside=outside.pid))
+                outside.run(OUTSIDE)
+                await network.catch_up(agent, vm, pytest.fail)
+                (device,) = vm.plugged.values()
+                assert device.mac == "02:00:00:00:00:07"
+                holder.run("ip link del eth0")
+                await network.catch_up(agent, vm, pytest.fail)
+                assert not vm.plugged
+                assert agent.routes == []
+                assert network.endpoints == ()
+            assert [message.name for message in agent.interfaces] == ["eth0", "eth0"]
 
     async def test_interface_of_the_launch_that_leaves_has_no_address_any_more(
-        self, tmp_path, pod, outside
+        self, book, pod, outside
     ):
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
-        await network.wire()
-        network.vmm_started()
-        agent: Any = Listener()
-        await network.configure(agent)
-        pod.run("ip link del eth0")
-        await network.catch_up(agent, Vmm(), pytest.fail)
-        before, after = agent.interfaces
-        assert (before.name, before.hwAddr) == ("eth0", after.hwAddr)
-        assert after.name.startswith("left")
-        assert not after.IPAddresses
-        assert agent.routes == []
-        assert await network.aclose() == []
-        book.close()
+        async with configured(pod.path, book) as (network, agent):
+            pod.run("ip link del eth0")
+            await network.catch_up(agent, Vmm(), pytest.fail)
+            before, after = agent.interfaces
+            assert (before.name, before.hwAddr) == ("eth0", after.hwAddr)
+            assert after.name.startswith("left")
+            assert not after.IPAddresses
+            assert agent.routes == []
 
-    async def test_second_machine_for_a_namespace_is_refused(self, tmp_path, pod, outside):
-        book = journal_in(tmp_path)
+    async def test_second_machine_for_a_namespace_is_refused(self, book, pod, outside):
         network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
         await network.wire()
         with pytest.raises(
@@ -258,113 +257,92 @@ class TestWired:
         assert await network.aclose() == []
         again = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
         assert await again.aclose() == []
-        book.close()
 
     async def test_ports_that_cannot_be_forwarded_are_told_and_nothing_else_suffers(
-        self, tmp_path, pod, outside, monkeypatch
+        self, book, pod, outside, monkeypatch
     ):
         async def old_kernel(_self: object) -> None:
             raise KernelRefused("bpf", errno.EINVAL)
 
         monkeypatch.setattr(PodNetwork, "steer_loopback", old_kernel)
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
-        said: list[str] = []
-        dial: Any = None
-        await network.forward(dial, said.append)
-        (text,) = said
-        assert documented("ports cannot be forwarded to the pod: …").search(text)
-        assert await network.aclose() == []
-        book.close()
+        async with opened(pod.path, book) as network:
+            said: list[str] = []
+            dial: Any = None
+            await network.forward(dial, said.append)
+            (text,) = said
+            assert documented("ports cannot be forwarded to the pod: …").search(text)
 
     async def test_interface_that_the_vmm_refuses_is_told_and_plugged_in_at_the_next_change(
-        self, tmp_path, pod, outside
+        self, book, pod, outside
     ):
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(pod.path, CONFIG, book, vcpus=1)
-        await network.wire()
-        network.vmm_started()
-        agent: Any = Listener()
-        await network.configure(agent)
-        vm = Vmm(HypervisorError("all hot-plug ports are taken"))
-        said: list[str] = []
-        pod.run(ROUTES)
-        pod.run(f"ip link add eth1 type veth peer name peer1 netns {outside.pid}")
-        outside.run("ip link set peer1 up")
-        pod.run("ip addr add 10.8.0.3/24 dev eth1; ip link set eth1 up")
-        pod.run("ip route add 10.6.0.0/16 via 10.8.0.1")
-        pod.run("ip addr add 10.9.8.7/32 dev eth0")
-        await network.catch_up(agent, vm, said.append)
-        (text,) = said
-        assert "interface eth1 did not reach the guest: all hot-plug ports are taken" in text
-        assert {message.name for message in agent.interfaces} == {"eth0"}
-        assert "10.9.8.7" in {ip.address for ip in agent.interfaces[-1].IPAddresses}
-        assert {route.device for route in agent.routes} == {"eth0"}
-        vm.refusal = None
-        await network.catch_up(agent, vm, pytest.fail)
-        assert len(vm.plugged) == 1
-        assert (agent.interfaces[-1].name, agent.interfaces[-1].devicePath) == ("eth1", "10/00")
-        assert {route.device for route in agent.routes} == {"eth0", "eth1"}
-        assert await network.aclose() == []
-        assert kinds(book) == []
-        book.close()
+        async with configured(pod.path, book) as (network, agent):
+            vm = Vmm(HypervisorError("all hot-plug ports are taken"))
+            said: list[str] = []
+            pod.run(ROUTES)
+            pod.run(f"ip link add eth1 type veth peer name peer1 netns {outside.pid}")
+            outside.run("ip link set peer1 up")
+            pod.run("ip addr add 10.8.0.3/24 dev eth1; ip link set eth1 up")
+            pod.run("ip route add 10.6.0.0/16 via 10.8.0.1")
+            pod.run("ip addr add 10.9.8.7/32 dev eth0")
+            await network.catch_up(agent, vm, said.append)
+            (text,) = said
+            assert "interface eth1 did not reach the guest: all hot-plug ports are taken" in text
+            assert {message.name for message in agent.interfaces} == {"eth0"}
+            assert "10.9.8.7" in {ip.address for ip in agent.interfaces[-1].IPAddresses}
+            assert {route.device for route in agent.routes} == {"eth0"}
+            vm.refusal = None
+            await network.catch_up(agent, vm, pytest.fail)
+            assert len(vm.plugged) == 1
+            assert (agent.interfaces[-1].name, agent.interfaces[-1].devicePath) == ("eth1", "10/00")
+            assert {route.device for route in agent.routes} == {"eth0", "eth1"}
 
     async def test_change_that_the_agent_or_the_wiring_refuses_is_carried_over_with_the_next(
-        self, tmp_path, holder, outside, monkeypatch
+        self, book, holder, outside, monkeypatch
     ):
         async def refused(_self: object) -> None:
             raise KernelRefused("wire", errno.EBUSY)
 
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
-        agent: Any = Listener()
-        vm = Vmm()
-        said: list[str] = []
-        holder.run(POD.format(outside=outside.pid))
-        outside.run(OUTSIDE)
-        holder.run(ROUTES)
-        with monkeypatch.context() as patch:
-            patch.setattr(PodNetwork, "wire", refused)
+        async with opened(holder.path, book) as network:
+            agent: Any = Listener()
+            vm = Vmm()
+            said: list[str] = []
+            holder.run(POD.format(outside=outside.pid))
+            outside.run(OUTSIDE)
+            holder.run(ROUTES)
+            with monkeypatch.context() as patch:
+                patch.setattr(PodNetwork, "wire", refused)
+                await network.catch_up(agent, vm, said.append)
+            assert (len(said), vm.plugged, agent.interfaces) == (1, {}, [])
+            agent.refusal = AgentUnreachable("UpdateInterface", "busy")
             await network.catch_up(agent, vm, said.append)
-        assert (len(said), vm.plugged, agent.interfaces) == (1, {}, [])
-        agent.refusal = AgentUnreachable("UpdateInterface", "busy")
-        await network.catch_up(agent, vm, said.append)
-        assert (len(said), len(vm.plugged), agent.routes) == (2, 1, [])
-        agent.refusal = None
-        await network.catch_up(agent, vm, pytest.fail)
-        assert [message.devicePath for message in agent.interfaces] == ["10/00"]
-        assert agent.routes
-        assert len(vm.plugged) == 1
-        assert await network.aclose() == []
-        assert kinds(book) == []
-        book.close()
+            assert (len(said), len(vm.plugged), agent.routes) == (2, 1, [])
+            agent.refusal = None
+            await network.catch_up(agent, vm, pytest.fail)
+            assert [message.devicePath for message in agent.interfaces] == ["10/00"]
+            assert agent.routes
+            assert len(vm.plugged) == 1
 
     async def test_interface_that_leaves_before_the_guest_has_heard_of_it_is_unplugged(
-        self, tmp_path, holder, outside
+        self, book, holder, outside
     ):
-        book = journal_in(tmp_path)
-        network = await SandboxNetwork.open(holder.path, CONFIG, book, vcpus=1)
-        agent: Any = Listener()
-        vm = Vmm()
-        said: list[str] = []
-        holder.run(POD.format(outside=outside.pid))
-        agent.refusal = AgentUnreachable("UpdateInterface", "busy")
-        await network.catch_up(agent, vm, said.append)
-        assert (len(said), len(vm.plugged)) == (1, 1)
-        holder.run("ip link del eth0")
-        await network.catch_up(agent, vm, pytest.fail)
-        assert not vm.plugged
-        assert await network.aclose() == []
-        book.close()
+        async with opened(holder.path, book) as network:
+            agent: Any = Listener()
+            vm = Vmm()
+            said: list[str] = []
+            holder.run(POD.format(outside=outside.pid))
+            agent.refusal = AgentUnreachable("UpdateInterface", "busy")
+            await network.catch_up(agent, vm, said.append)
+            assert (len(said), len(vm.plugged)) == (1, 1)
+            holder.run("ip link del eth0")
+            await network.catch_up(agent, vm, pytest.fail)
+            assert not vm.plugged
 
-    async def test_macvtap_is_in_the_journal_before_it_is_made(self, tmp_path, pod, outside):
+    async def test_macvtap_is_in_the_journal_before_it_is_made(self, book, pod, outside):
         before = pod.everything()
         runtime = replace(CONFIG.runtime, internetworking_model="macvtap")
-        book = journal_in(tmp_path)
         network = await SandboxNetwork.open(
             pod.path, replace(CONFIG, runtime=runtime), book, vcpus=1
         )
         assert kinds(book) == ["network"]
         assert await network.aclose() == []
         assert pod.everything() == before
-        book.close()
