@@ -27,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+import versions
 from pins import pins
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
@@ -169,7 +170,7 @@ def _may_be_mounted(name: str) -> bool:
 
 
 def _install_library(library: Path) -> None:
-    """Replace the installed library as a whole: a file of an older version must not stay."""
+    """Replace the installed library as a whole, in one step; shims that run keep their own."""
     scratch = library.with_name(library.name + ".new")
     shutil.rmtree(scratch, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.proto")
@@ -181,8 +182,7 @@ def _install_library(library: Path) -> None:
         _copy_distribution(distribution, scratch)
     # Never compared with the sources again: a packager may change their times.
     _compile(scratch, py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    shutil.rmtree(library, ignore_errors=True)
-    scratch.rename(library)
+    versions.put(scratch, library)
     print(f"installed {library}")
 
 

@@ -113,6 +113,20 @@ def test_installing_again_replaces_the_library_as_a_whole(tmp_path: Path) -> Non
     assert not stale.exists()
 
 
+def test_installed_shim_follows_the_library_s_link_once(installed: Path) -> None:
+    library = installed / "usr/lib/kata-shimv2"
+    launcher = (installed / "usr/bin/containerd-shim-kata-v2").read_text()
+    text = launcher.replace("/usr/lib/kata-shimv2", str(library)).partition("from shimv2")[0]
+    shown = subprocess.run(
+        [sys.executable, "-IS", "-c", text + "print(sys.path[-1])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == str(library.resolve())
+    assert library.resolve() != library
+
+
 @pytest.mark.root
 def test_running_sandbox_keeps_the_modules_that_it_has_bound(tmp_path: Path) -> None:
     install(tmp_path)
