@@ -102,8 +102,7 @@ class Acrn:
                 )
                 undo.push_async_callback(child.aclose)
                 theirs.close()
-                ready = await _made(child, listener, console)
-            undo.callback(close_socket, ready)
+                ready = await _made(child, listener, console, undo)
             try:
                 monitor = CommandMonitor.connect(directory.path / acrn_argv.MONITOR_SOCKET)
                 undo.callback(monitor.close)
@@ -191,7 +190,12 @@ def _free_context_ids(spec: MachineSpec) -> None:
                 ) from error  # fmt: skip
 
 
-async def _made(child: Child, listener: socket.socket, console: socket.socket) -> socket.socket:
+async def _made(
+    child: Child,
+    listener: socket.socket,
+    console: socket.socket,
+    undo: contextlib.AsyncExitStack,
+) -> socket.socket:
     """Wait until acrn-dm has made the machine's devices; returns the ready port's connection.
 
     Raises:
@@ -208,6 +212,7 @@ async def _made(child: Child, listener: socket.socket, console: socket.socket) -
         nursery.start_soon(stop_at_exit)
         await trio.lowlevel.wait_readable(listener)
         accepted.append(listener.accept()[0])
+        undo.callback(close_socket, accepted[0])
         accepted[0].setblocking(False)
         nursery.cancel_scope.cancel()
     if accepted:

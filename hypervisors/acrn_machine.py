@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
-from . import acrn_monitor
+from . import acrn_messages
 from .acrn_check import NAME, OTHER_VMM, refuse
 from .acrn_devices import AcrnDevices
 from .acrn_exit import EndFacts, classify
@@ -80,9 +80,9 @@ class AcrnMachine(SupervisedMachine[AcrnDevices]):
         await self._refuse("resume a machine", "resume")
 
     def _on_event(self, number: int) -> None:
-        if number == acrn_monitor.TRIPLE_FAULT:
+        if number == acrn_messages.TRIPLE_FAULT:
             self._facts.triple_fault = True
-        elif number == acrn_monitor.POWERED_OFF:
+        elif number == acrn_messages.POWERED_OFF:
             self._facts.powered_off = True
             reason = "guest-reset" if self._facts.triple_fault else "guest-shutdown"
             self._events.emit(VmEventKind.SHUTDOWN, reason)

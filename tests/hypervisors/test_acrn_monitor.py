@@ -11,7 +11,8 @@ import trio
 import trio.testing
 
 from hypervisors.acrn_exit import EndFacts, classify
-from hypervisors.acrn_monitor import MAX_MESSAGE_BYTES, CommandMonitor, MessageStream
+from hypervisors.acrn_messages import MAX_MESSAGE_BYTES, MessageStream
+from hypervisors.acrn_monitor import CommandMonitor
 from hypervisors.child import ChildExit
 from hypervisors.errors import CommandRejected, CommandTimeout, ControlLost
 from hypervisors.machine import ExitKind

@@ -24,7 +24,8 @@ ALLOWED: Final = {
 }
 
 PURE_MODULES: Final = {
-    "agent_proto/hybrid_vsock", "hypervisors/bounded_json", "hypervisors/clh_config",
+    "agent_proto/hybrid_vsock", "hypervisors/acrn_argv", "hypervisors/acrn_exit",
+    "hypervisors/acrn_messages", "hypervisors/bounded_json", "hypervisors/clh_config",
     "hypervisors/clh_events", "hypervisors/machine",
     "hypervisors/qemu_argv",
     "hypervisors/qmp_protocol", "netns/model", "netns/plan", "shimv2/guest_network",
