@@ -1,12 +1,13 @@
-"""Imports trio without what the shim never uses of it: TLS and DTLS.
+"""Imports trio without what the shim never uses of it: TLS, DTLS, host names, threads' names.
 
-trio loads `ssl`, and for DTLS `hmac` and OpenSSL's hashes: 8 ms of the way to the first answer,
-and 2 MiB of every pod's memory. Stand-ins take their places while trio is imported. Should some
-trio want more of them than they have, it is imported as it is.
+trio loads `ssl`, and for DTLS `hmac` and OpenSSL's hashes; `idna` for host names; and for the names
+of threads `ctypes.util`, by which it starts a process (`ldconfig -p`). Stand-ins take their places
+while trio is imported. Should some trio want more of them than they have, it is imported as it is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 TYPE_CHECKING = False
@@ -14,22 +15,26 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _DTLS_NAMES = ("DTLSChannel", "DTLSChannelStatistics", "DTLSEndpoint")
+_UNUSED = ("ssl", "trio._dtls", "idna", "ctypes.util")
 
 
 def load() -> None:
     """Import trio; harmless when it is imported already."""
     if "trio" in sys.modules:
         return
-    planted = {"ssl": _stand_in("ssl"), "trio._dtls": _stand_in("trio._dtls")}
+    planted = {name: _stand_in(name) for name in _UNUSED if name not in sys.modules}
     for name in _DTLS_NAMES:
         setattr(planted["trio._dtls"], name, type(name, (_Absent,), {}))
-    planted = {name: module for name, module in planted.items() if name not in sys.modules}
     sys.modules.update(planted)
+    util = planted.get("ctypes.util")
+    if util is not None:
+        util.find_library = _find_no_library  # type: ignore[attr-defined]
+        ctypes.util = util  # type: ignore[attr-defined,assignment,unused-ignore]
     try:
         import trio
-    except (ImportError, AttributeError, TypeError):
+    except (ImportError, AttributeError, TypeError, NotImplementedError):
         _forget(planted)
-        for name in [one for one in sys.modules if one == "trio" or one.startswith("trio.")]:
+        for name in [one for one in sys.modules if one.partition(".")[0] == "trio"]:
             del sys.modules[name]
         import trio  # noqa: F401
     finally:
@@ -37,10 +42,14 @@ def load() -> None:
 
 
 class _Absent:
-    """What a name of `ssl` stands for meanwhile. Fit for annotations and base classes only."""
+    """What a name of a stand-in stands for. Fit for annotations and base classes only."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        raise NotImplementedError("this process has no TLS")
+        raise NotImplementedError("this process does without a part of trio (shimv2/lean_trio.py)")
+
+
+def _find_no_library(name: str) -> None:
+    """Do as `ctypes.util.find_library` where there is none: threads go without names."""
 
 
 def _stand_in(name: str) -> ModuleType:
@@ -60,3 +69,6 @@ def _forget(planted: dict[str, ModuleType]) -> None:
     for name, module in planted.items():
         if sys.modules.get(name) is module:
             del sys.modules[name]
+        parent, _, last = name.rpartition(".")
+        if getattr(sys.modules.get(parent), last, None) is module:
+            delattr(sys.modules[parent], last)

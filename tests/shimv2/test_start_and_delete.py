@@ -430,6 +430,7 @@ FORBIDDEN = {
     "asyncio", "argparse", "structlog", "prometheus_client", "grpc", "pyroute2", "h11", "tomllib",
     "multiprocessing", "concurrent.futures", "unittest", "http.client", "xml", "difflib",
     "google.protobuf.internal.builder", "google.protobuf.text_format",
+    "ssl", "idna", "ctypes.util",
 }  # fmt: skip
 
 
@@ -437,6 +438,9 @@ def test_the_serving_process_keeps_its_diet(tmp_path):
     script = (
         "import sys\n"
         f"sys.path += [{str(ROOT)!r}, {PURELIB!r}]\n"
+        "def audit(name, args):\n"
+        "    assert name not in ('subprocess.Popen', 'os.fork', 'os.posix_spawn'), name\n"
+        "sys.addaudithook(audit)\n"
         "from shimv2 import daemon\n"
         "daemon.load()\n"
         "import posix\n"
