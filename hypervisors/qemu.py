@@ -21,7 +21,7 @@ from . import accel, isolation, qemu_argv, spec_check
 from .child import spawn
 from .disk_lease import lease
 from .empty_root import CLONE_NEWNS, empty_root
-from .errors import ControlLost, LaunchFailed, Unsupported
+from .errors import ControlLost, LaunchFailed, PreconditionFailed, Unsupported
 from .machine import (
     BlockDevice,
     Capabilities,
@@ -30,6 +30,7 @@ from .machine import (
     SharedDirectory,
     UnixVsock,
 )
+from .qemu_board import BOARDS, MICROVM, Q35, find_board
 from .qemu_machine import QemuMachine
 from .qmp_client import socket_pair
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .child import Child, Recorder
     from .child_exec import Account
     from .machine import MachineSpec
+    from .qemu_board import Board
 
 # To its first answer QEMU takes 0.05 s alone, and as long as the slowest daemon behind a device.
 LAUNCH_DEADLINE_S: Final = 15.0
@@ -51,20 +53,22 @@ QEMU_FIX: Final = "install qemu-system-x86, or correct the hypervisor path"
 
 
 class Qemu:
-    """Machines of type q35, on KVM where it works and emulated elsewhere."""
+    """Machines of types q35 and microvm, on KVM where it works and emulated elsewhere."""
 
     name = "qemu"
 
     def capabilities(self, spec: MachineSpec) -> Capabilities:
         """See `Hypervisor.capabilities`."""
-        ports = spec.hotplug_ports > 0
+        # Of a machine type that there is not, `check` tells.
+        takes_devices = BOARDS.get(spec.machine_type, Q35).takes_devices
+        ports = takes_devices and spec.hotplug_ports > 0
         return Capabilities(
             shared_directory=True,
             block_hotplug=ports,
             net_hotplug=ports,
-            vcpu_hotplug=spec.max_vcpus > spec.vcpus,
-            vcpu_unplug=spec.accelerator != "tcg" and accel.kvm_problem() is None,
-            memory_hotplug=spec.max_memory_mib > spec.memory_mib,
+            vcpu_hotplug=takes_devices and spec.max_vcpus > spec.vcpus,
+            vcpu_unplug=takes_devices and spec.accelerator != "tcg" and accel.kvm_problem() is None,
+            memory_hotplug=takes_devices and spec.max_memory_mib > spec.memory_mib,
             pause=True,
             panic_event=True,
             hybrid_vsock=False,
@@ -76,9 +80,12 @@ class Qemu:
 
     def check(self, spec: MachineSpec) -> None:
         """See `Hypervisor.check`."""
-        self._check_layout(spec)
+        board = find_board(spec.machine_type)
+        self._check_layout(spec, board)
         spec_check.check_program("QEMU", spec.binary, QEMU_FIX)
         accelerator = accel.choose_accelerator(spec.accelerator)
+        if board is MICROVM and accelerator == "tcg":
+            _check_clock()
         spec_check.check_values(spec, qemu_argv.kernel_cmdline(spec, accelerator))
         spec_check.check_kernel(spec.kernel)
         if spec.initrd is not None:
@@ -133,35 +140,28 @@ class Qemu:
             undo.pop_all()
             return machine
 
-    def _check_layout(self, spec: MachineSpec) -> None:
-        if spec.machine_type != "q35":
-            raise Unsupported(
-                self.name,
-                f"build a machine of type {spec.machine_type!r}",
-                "only q35 takes hot-plugged devices and boots reliably",
-                'set machine_type = "q35"',
-            )
-        if len(spec.devices) > qemu_argv.MAX_COLD_DEVICES:
-            limit = qemu_argv.MAX_COLD_DEVICES
+    def _check_layout(self, spec: MachineSpec, board: Board) -> None:
+        if len(spec.devices) > board.max_devices:
             raise Unsupported(
                 self.name,
                 f"start with {len(spec.devices)} devices",
-                f"the root bus has {limit} slots for them",
-                "attach the others after the start",
+                f"a machine of type {board.name} has {board.max_devices} slots for them",
+                "attach the others after the start"
+                if board.takes_devices
+                else "ask for fewer of them",
             )
-        if not 0 <= spec.hotplug_ports <= qemu_argv.MAX_HOTPLUG_PORTS:
-            limit = qemu_argv.MAX_HOTPLUG_PORTS
+        if not 0 <= spec.hotplug_ports <= board.max_ports and board.takes_devices:
             raise Unsupported(
                 self.name,
                 f"have {spec.hotplug_ports} hot-plug ports",
-                f"the root bus has {limit} slots for them",
-                f"ask for 0 to {limit}",
+                f"the root bus has {board.max_ports} slots for them",
+                f"ask for 0 to {board.max_ports}",
             )
         if spec.max_vcpus > MAX_VCPUS:
             raise Unsupported(
                 self.name,
                 f"have {spec.max_vcpus} vCPUs",
-                f"q35 ends at {MAX_VCPUS}",
+                f"a machine ends at {MAX_VCPUS}",
                 "lower the maximum",
             )
         for device in spec.devices:
@@ -179,6 +179,21 @@ class Qemu:
                     f"{accel.VHOST_VSOCK_DEVICE} does not open",
                     "load vhost_vsock, or use the unix vsock daemon",
                 )
+
+
+def _check_clock() -> None:
+    """Refuse to emulate a microvm on a host that does not say how fast its counter runs.
+
+    Observed, QEMU 7.2.22 and Linux 6.1: under load every such guest stood still in the calibration
+    of its delay loop, waiting for a tick of the old timer, which reduced ACPI leaves off.
+    """
+    if accel.tsc_khz() is None:
+        raise PreconditionFailed(
+            "the clock of an emulated microvm",
+            path=accel.CPUINFO,
+            why="it does not tell the frequency of this host's time stamp counter for sure",
+            fix='set machine_type = "q35", or use a host with KVM',
+        )
 
 
 def _account(spec: MachineSpec, accelerator: str) -> Account | None:

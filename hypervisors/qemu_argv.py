@@ -1,8 +1,9 @@
 """MachineSpec → QEMU's command line and descriptors. Pure.
 
-The recipe is the fastest measured way to a running agent on q35: qboot firmware, an uncompressed
-PVH kernel, no device the guest does not use. Hot-plugged devices are described by the same
-functions, so that a device looks the same whichever way it arrived.
+The recipe is the fastest measured way to a running agent: qboot firmware, an uncompressed PVH
+kernel, no device the guest does not use. Hot-plugged devices are described by the same functions,
+so that a device looks the same whichever way it arrived. What differs by machine type is
+`qemu_board`'s.
 """
 
 from __future__ import annotations
@@ -20,40 +21,32 @@ from .machine import (
     SharedDirectory,
     UnixVsock,
 )
+from .qemu_board import FIRST_PORT_SLOT, Q35, find_board, root_place
 from .qmp_client import quote_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .machine import MachineSpec
+    from .qemu_board import Board
     from .qmp_protocol import JsonValue
 
 MIB: Final = 1 << 20
-# Root bus slots. 0 is the host bridge and 0x1f the ICH9; everything between is ours.
-FIRST_DEVICE_SLOT: Final = 0x01
-FIRST_PORT_SLOT: Final = 0x10
-PVPANIC_SLOT: Final = 0x1E
-MAX_COLD_DEVICES: Final = FIRST_PORT_SLOT - FIRST_DEVICE_SLOT
-MAX_HOTPLUG_PORTS: Final = PVPANIC_SLOT - FIRST_PORT_SLOT
 # Linux adds memory in blocks of this size. Source: x86-64 SECTION_SIZE_BITS 27.
 MEMORY_STEP_MIB: Final = 128
 # vhost-user daemons map at most 8 regions; low, high and one spare are taken before any DIMM.
 MEMORY_SLOTS: Final = 4
 
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-MACHINE_FLAGS: Final = "sata=off,usb=off,smbus=off,hpet=off,i8042=off,vmport=off"
 # x86-64-v2, what distributions expect of a container's CPU, on the model TCG is fastest with.
 TCG_CPU: Final = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt"
 KVM_CPU: Final = "host,pmu=off"
 
 # swiotlb: room for memory hot-plug above 4 GiB makes Linux set 64 MiB of bounce buffers aside,
-# which no device here uses; that costs a tenth of a second under emulation. pcie_ports: ACPI does
-# the hot-plug of q35's root ports; their own services cost nearly another tenth with 8 ports. pci:
-# all buses are behind the bridges of bus 0; without the hint Linux looks for more of them in 16,000
-# port accesses, each of which leaves KVM for QEMU.
+# which no device here uses; that costs a tenth of a second under emulation.
 BASE_CMDLINE: Final = (
     "console=ttyS0 panic=-1 quiet tsc=reliable no_timer_check noreplace-smp cryptomgr.notests"
-    " swiotlb=noforce pcie_ports=compat pci=lastbus=0"
+    " swiotlb=noforce"
 )
 # An emulated CPU has neither the leaks these protect from nor a secret layout.
 TCG_CMDLINE: Final = "nokaslr mitigations=off"
@@ -106,12 +99,13 @@ class QemuCommand:
 
 def kernel_cmdline(spec: MachineSpec, accelerator: str, tsc_khz: int | None = None) -> str:
     """The backend's parameters, then the caller's: the kernel takes the last of a repeated one."""
-    parts = [BASE_CMDLINE]
+    parts = [BASE_CMDLINE, find_board(spec.machine_type).cmdline]
     if accelerator == "tcg":
         parts.append(TCG_CMDLINE)
         if tsc_khz is not None:
             # The guest measures the counter against a timer. On a busy host that went wrong in a
-            # quarter of the boots, by up to 66 times, and so did all of the guest's time.
+            # quarter of the boots, by up to 66 times, and so did all of the guest's time. A microvm
+            # has no timer that it could go on with then: it stands still before it says a word.
             parts.append(f"tsc_early_khz={tsc_khz}")
     parts.append(spec.cmdline.strip())
     return " ".join(part for part in parts if part)
@@ -120,7 +114,8 @@ def kernel_cmdline(spec: MachineSpec, accelerator: str, tsc_khz: int | None = No
 def build_command(spec: MachineSpec, host: HostSide) -> QemuCommand:
     """Lay out the machine; every descriptor named in `host` and in the devices is passed."""
     table = FdTable()
-    argv = [str(spec.binary), *_machine_arguments(spec, host)]
+    board = find_board(spec.machine_type)
+    argv = [str(spec.binary), *_machine_arguments(spec, host, board)]
     # By descriptor: the VMM's own user need not be able to walk there.
     argv += ["-kernel", f"/proc/self/fd/{table.add(host.kernel_fd)}"]
     if host.initrd_fd is not None:
@@ -131,43 +126,46 @@ def build_command(spec: MachineSpec, host: HostSide) -> QemuCommand:
         "-mon", "chardev=qmp,mode=control",
         "-chardev", f"socket,id=console,fd={table.add(host.console_fd)}",
         "-serial", "chardev:console",
-        "-device", _device("pvpanic-pci", "pvpanic", root_place(PVPANIC_SLOT)),
+        "-device", quote_json(board.panic_device()),
     ]
     # fmt: on
     addresses: dict[str, GuestAddress] = {}
     for index, device in enumerate(spec.devices):
-        slot = FIRST_DEVICE_SLOT + index
-        place = root_place(slot)
-        addresses[device.id] = GuestAddress(pci_path=f"{slot:02x}")
+        place = board.place(index)
+        addresses[device.id] = board.address(index, spec.devices)
         match device:
             case BlockDevice():
                 block = host.blocks[device.id]
                 argv += ["-add-fd", f"fd={table.add(block.fd)},set={index}"]
                 argv += ["-blockdev", quote_json(blockdev_node(device, block.driver, index))]
-                argv += ["-device", quote_json(block_device(device) | place)]
+                argv += ["-device", quote_json(block_device(device, board) | place)]
             case NetDevice():
                 argv += ["-netdev", _tap_argument(device, table)]
-                argv += ["-device", quote_json(net_device(device) | place)]
+                argv += ["-device", quote_json(net_device(device, board) | place)]
             case SharedDirectory() | UnixVsock():
                 number = table.add(host.vhost_user_fds[device.id])
                 argv += ["-chardev", f"socket,id=c-{device.id},fd={number}"]
-                argv += ["-device", quote_json(vhost_user_device(device) | place)]
+                argv += ["-device", quote_json(vhost_user_device(device, board) | place)]
             case KernelVsock():
-                argv += ["-device", quote_json(_kernel_vsock_device(device, table) | place)]
+                argv += ["-device", quote_json(_kernel_vsock_device(device, table, board) | place)]
             case Rng():
                 source: dict[str, JsonValue] = {"qom-type": "rng-random", "id": f"s-{device.id}"}
                 argv += ["-object", quote_json(source | {"filename": "/dev/urandom"})]
                 properties: dict[str, JsonValue] = {"rng": f"s-{device.id}"}
-                argv += ["-device", _device("virtio-rng-pci", device.id, properties | place)]
-    for port in range(spec.hotplug_ports):
+                argv += [
+                    "-device",
+                    _device(board.driver("virtio-rng"), device.id, properties | place),
+                ]
+    for port in range(min(spec.hotplug_ports, board.max_ports)):
         argv += ["-device", _root_port(port)]
     return QemuCommand(argv=tuple(argv), pass_fds=table.pass_fds, addresses=addresses)
 
 
-def _machine_arguments(spec: MachineSpec, host: HostSide) -> list[str]:
+def _machine_arguments(spec: MachineSpec, host: HostSide, board: Board) -> list[str]:
     memory = f"size={spec.memory_mib}M"
-    if spec.max_memory_mib > spec.memory_mib:
+    if board.takes_devices and spec.max_memory_mib > spec.memory_mib:
         memory += f",slots={MEMORY_SLOTS},maxmem={spec.max_memory_mib}M"
+    max_vcpus = spec.max_vcpus if board.takes_devices else spec.vcpus
     backend = memory_backend("mem", spec.memory_mib, spec)
     # fmt: off
     argv = [
@@ -175,21 +173,17 @@ def _machine_arguments(spec: MachineSpec, host: HostSide) -> list[str]:
         "-no-user-config", "-nodefaults", "-no-reboot",
         "-display", "none",
         "-sandbox", SANDBOX,
-        "-machine", f"q35,accel={host.accelerator},memory-backend=mem,{MACHINE_FLAGS}",
+        "-machine", f"{board.name},accel={host.accelerator},memory-backend=mem,{board.flags}",
         "-cpu", KVM_CPU if host.accelerator == "kvm" else TCG_CPU,
-        "-smp", f"cpus={spec.vcpus},maxcpus={spec.max_vcpus}",
+        "-smp", f"cpus={spec.vcpus},maxcpus={max_vcpus}",
         "-m", memory,
         "-object", quote_json(backend),
         "-bios", "qboot.rom",
         "-append", kernel_cmdline(spec, host.accelerator, host.tsc_khz),
+        *board.arguments,
     ]
     # fmt: on
     return argv
-
-
-def root_place(slot: int) -> dict[str, JsonValue]:
-    """A slot of the root bus."""
-    return {"bus": "pcie.0", "addr": f"{slot:#04x}"}
 
 
 def port_place(port: int) -> dict[str, JsonValue]:
@@ -204,7 +198,7 @@ def port_address(port: int) -> GuestAddress:
 
 def port_fd_set(port: int) -> int:
     """The set of descriptors of an image behind a root port; cold-plugged ones come before."""
-    return MAX_COLD_DEVICES + port
+    return Q35.max_devices + port
 
 
 def memory_backend(object_id: str, size_mib: int, spec: MachineSpec) -> dict[str, JsonValue]:
@@ -235,51 +229,56 @@ def blockdev_node(device: BlockDevice, driver: str, fd_set: int) -> dict[str, Js
     }
 
 
-def block_device(device: BlockDevice) -> dict[str, JsonValue]:
+def block_device(device: BlockDevice, board: Board = Q35) -> dict[str, JsonValue]:
     """The guest side of a block device."""
     properties: dict[str, JsonValue] = {
-        "driver": "virtio-blk-pci",
+        "driver": board.driver("virtio-blk"),
         "id": device.id,
         "drive": f"b-{device.id}",
     }
     return properties | ({"serial": device.serial} if device.serial else {})
 
 
-def net_device(device: NetDevice) -> dict[str, JsonValue]:
+def net_device(device: NetDevice, board: Board = Q35) -> dict[str, JsonValue]:
     """The guest side of an interface. An empty romfile: no boot ROM is needed to be installed."""
     properties: dict[str, JsonValue] = {
-        "driver": "virtio-net-pci",
+        "driver": board.driver("virtio-net"),
         "id": device.id,
         "netdev": f"n-{device.id}",
         "mac": device.mac,
         "host_mtu": device.mtu,
-        "romfile": "",
     }
     queues = len(device.tap_fds)
     if queues > 1:
-        # One vector for each direction of each queue, one for configuration, one for control.
-        properties |= {"mq": True, "vectors": 2 * queues + 2}
+        properties |= {"mq": True}
+    if board.bus == "pci":
+        properties |= {"romfile": ""}
+        if queues > 1:
+            # One for each direction of each queue, one for configuration, one for control.
+            properties |= {"vectors": 2 * queues + 2}
     return properties
 
 
-def vhost_user_device(device: SharedDirectory | UnixVsock) -> dict[str, JsonValue]:
+def vhost_user_device(
+    device: SharedDirectory | UnixVsock, board: Board = Q35
+) -> dict[str, JsonValue]:
     """A device whose other half is a daemon behind character device `c-<id>`."""
     properties: dict[str, JsonValue] = {"id": device.id, "chardev": f"c-{device.id}"}
     match device:
         case SharedDirectory():
             return {
-                "driver": "vhost-user-fs-pci",
+                "driver": board.driver("vhost-user-fs"),
                 **properties,
                 "tag": device.tag,
                 "queue-size": 1024,
             }
         case UnixVsock():
-            return {"driver": "vhost-user-vsock-pci", **properties}
+            return {"driver": board.driver("vhost-user-vsock"), **properties}
 
 
-def _kernel_vsock_device(device: KernelVsock, table: FdTable) -> dict[str, JsonValue]:
+def _kernel_vsock_device(device: KernelVsock, table: FdTable, board: Board) -> dict[str, JsonValue]:
     return {
-        "driver": "vhost-vsock-pci",
+        "driver": board.driver("vhost-vsock"),
         "id": device.id,
         "guest-cid": device.cid,
         "vhostfd": str(table.add(device.vhost_fd)),

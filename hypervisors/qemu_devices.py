@@ -17,6 +17,7 @@ from . import qemu_argv, spec_check
 from .disk_lease import lease
 from .errors import ControlError, PreconditionFailed, Unsupported
 from .machine import BlockDevice, NetDevice
+from .qemu_board import find_board
 from .qemu_removal import Removals
 from .qemu_resize import QemuResize
 
@@ -49,6 +50,7 @@ class QemuDevices:
     ) -> None:
         self.addresses: dict[str, GuestAddress] = dict(addresses)
         self._qmp = qmp
+        self._board = find_board(spec.machine_type)
         self._ports = spec.hotplug_ports
         self._plugged: dict[str, _Plugged] = {}
         self._removals = Removals(qmp)
@@ -104,6 +106,13 @@ class QemuDevices:
             return await self._resize.memory(mib)
 
     def _refuse_unpluggable(self, device: Device) -> None:
+        if not self._board.takes_devices:
+            raise Unsupported(
+                "qemu",
+                f"attach {device.id} to a running {self._board.name}",
+                "it has no bus for devices that come later",
+                'set machine_type = "q35"',
+            )
         match device:
             case NetDevice():
                 spec_check.check_net(device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from . import qemu_argv
 from .errors import CommandRejected, DetachRefused, Unsupported
+from .qemu_board import find_board
 from .qemu_removal import PERIPHERAL
 
 if TYPE_CHECKING:
@@ -34,12 +35,15 @@ class QemuResize:
         self, spec: MachineSpec, accelerator: str, qmp: QmpClient, removals: Removals
     ) -> None:
         self._spec = spec
+        self._takes_devices = find_board(spec.machine_type).takes_devices
         self._accelerator = accelerator
         self._qmp = qmp
         self._removals = removals
 
     async def vcpus(self, count: int) -> int:
         """See `VirtualMachine.resize_vcpus`."""
+        if not self._takes_devices:
+            return _unchanged(f"run with {count} vCPUs", count, self._spec.vcpus)
         if not 1 <= count <= self._spec.max_vcpus:
             raise Unsupported(
                 "qemu",
@@ -65,6 +69,8 @@ class QemuResize:
 
     async def memory(self, mib: int) -> int:
         """See `VirtualMachine.resize_memory`."""
+        if not self._takes_devices:
+            return _unchanged(f"have {mib} MiB", mib, self._spec.memory_mib)
         if mib > self._spec.max_memory_mib:
             raise Unsupported(
                 "qemu",
@@ -149,3 +155,15 @@ class QemuResize:
         except DetachRefused:
             return False
         return True
+
+
+def _unchanged(what: str, wanted: int, present: int) -> int:
+    """What there is, of a machine that can't grow; one that is too big stays so."""
+    if wanted > present:
+        raise Unsupported(
+            "qemu",
+            what,
+            f"a microvm keeps what it was started with, {present}",
+            'set machine_type = "q35"',
+        )
+    return present

@@ -20,6 +20,7 @@ from hypervisors.machine import (
     UnixVsock,
 )
 from hypervisors.qemu_argv import HostSide, OpenBlock, build_command, kernel_cmdline
+from hypervisors.qemu_board import Q35
 
 SPEC = MachineSpec(
     id="sandbox",
@@ -135,7 +136,7 @@ def test_kernel_vsock_and_vhost_net_get_descriptors():
 @pytest.mark.parametrize("count", range(len(SPEC.devices) + 1))
 def test_every_descriptor_is_named_and_every_slot_used_once(count):
     for devices in itertools.permutations(SPEC.devices, count):
-        spec = replace(SPEC, devices=devices, hotplug_ports=qemu_argv.MAX_HOTPLUG_PORTS)
+        spec = replace(SPEC, devices=devices, hotplug_ports=Q35.max_ports)
         command = build_command(spec, HOST)
         assert sorted(command.pass_fds) == [*range(3, 3 + len(command.pass_fds))]
         placed = [json.loads(a) for a in command.argv if a.startswith('{"') and "addr" in a]
@@ -145,4 +146,4 @@ def test_every_descriptor_is_named_and_every_slot_used_once(count):
 
 def test_port_addresses_are_slot_chains():
     assert qemu_argv.port_address(0).pci_path == "10/00"
-    assert qemu_argv.port_address(qemu_argv.MAX_HOTPLUG_PORTS - 1).pci_path == "1d/00"
+    assert qemu_argv.port_address(Q35.max_ports - 1).pci_path == "1d/00"
