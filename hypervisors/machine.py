@@ -194,6 +194,7 @@ class Capabilities:
     """What a backend can do with one specification. A flag that is false is `Unsupported`.
 
     Of the vsock flags one at least is true; a caller takes the first of hybrid, kernel, unix.
+    `instead` is what an operator sets who needs what this machine never can.
     """
 
     shared_directory: bool
@@ -209,3 +210,4 @@ class Capabilities:
     unix_vsock: bool
     max_vcpus: int
     memory_step_mib: int
+    instead: str = ""

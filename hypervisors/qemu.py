@@ -30,7 +30,7 @@ from .machine import (
     SharedDirectory,
     UnixVsock,
 )
-from .qemu_board import BOARDS, MICROVM, Q35, find_board
+from .qemu_board import BOARDS, INSTEAD, MICROVM, Q35, find_board
 from .qemu_machine import QemuMachine
 from .qmp_client import socket_pair
 
@@ -76,6 +76,7 @@ class Qemu:
             unix_vsock=True,
             max_vcpus=MAX_VCPUS,
             memory_step_mib=qemu_argv.MEMORY_STEP_MIB,
+            instead="" if takes_devices else INSTEAD,
         )
 
     def check(self, spec: MachineSpec) -> None:

@@ -7,7 +7,6 @@ port. Nothing comes later: no device, no vCPU, no memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -15,6 +14,8 @@ from .errors import Unsupported
 from .machine import BlockDevice, GuestAddress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .machine import Device
     from .qmp_protocol import JsonValue
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 FIRST_DEVICE_SLOT: Final = 0x01
 FIRST_PORT_SLOT: Final = 0x10
 PVPANIC_SLOT: Final = 0x1E
-# Source: hw/i386/microvm.c, with ACPI and so with a second I/O APIC.
-MMIO_SLOTS: Final = 24
+# Source: QEMU hw/i386/microvm.c: 24 with ACPI and so with a second I/O APIC. The guest finds them
+# from the last to the first. The first is left out: its interrupt arrives at the third, because
+# pin 0 of either controller is taken for the old timer's (hw/intc/ioapic.c, observed with 7.2.22).
+LAST_MMIO_SLOT: Final = 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class Board:
         """Where the machine's `index`th device lies."""
         if self.bus == "pci":
             return root_place(FIRST_DEVICE_SLOT + index)
-        return {"bus": f"virtio-mmio-bus.{index}"}
+        return {"bus": f"virtio-mmio-bus.{LAST_MMIO_SLOT - index}"}
 
     def address(self, index: int, devices: Sequence[Device]) -> GuestAddress:
         """How the guest finds the `index`th of the machine's devices."""
@@ -59,7 +62,7 @@ class Board:
             return GuestAddress(pci_path=f"{FIRST_DEVICE_SLOT + index:02x}")
         if not isinstance(devices[index], BlockDevice):
             return GuestAddress()
-        # The guest names disks in the order of their slots.
+        # The guest names disks in the order in which it finds them.
         disks = sum(isinstance(device, BlockDevice) for device in devices[:index])
         return GuestAddress(node=f"/dev/vd{chr(ord('a') + disks)}")
 
@@ -93,11 +96,13 @@ MICROVM: Final = Board(
     flags="pit=off,pic=off,rtc=on,acpi=on",
     cmdline="pci=off",
     bus="mmio",
-    max_devices=MMIO_SLOTS,
+    max_devices=LAST_MMIO_SLOT,
     max_ports=0,
     # vsock and virtio-fs exist in virtio 1 alone.
     arguments=("-global", "virtio-mmio.force-legacy=false"),
 )
+# The way out where a microvm can't.
+INSTEAD: Final = 'machine_type = "q35"'
 BOARDS: Final = {board.name: board for board in (Q35, MICROVM)}
 
 

@@ -17,7 +17,7 @@ from . import qemu_argv, spec_check
 from .disk_lease import lease
 from .errors import ControlError, PreconditionFailed, Unsupported
 from .machine import BlockDevice, NetDevice
-from .qemu_board import find_board
+from .qemu_board import INSTEAD, find_board
 from .qemu_removal import Removals
 from .qemu_resize import QemuResize
 
@@ -111,7 +111,7 @@ class QemuDevices:
                 "qemu",
                 f"attach {device.id} to a running {self._board.name}",
                 "it has no bus for devices that come later",
-                'set machine_type = "q35"',
+                f"set {INSTEAD}",
             )
         match device:
             case NetDevice():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from . import qemu_argv
 from .errors import CommandRejected, DetachRefused, Unsupported
-from .qemu_board import find_board
+from .qemu_board import INSTEAD, find_board
 from .qemu_removal import PERIPHERAL
 
 if TYPE_CHECKING:
@@ -164,6 +164,6 @@ def _unchanged(what: str, wanted: int, present: int) -> int:
             "qemu",
             what,
             f"a microvm keeps what it was started with, {present}",
-            'set machine_type = "q35"',
+            f"set {INSTEAD}",
         )
     return present

@@ -39,7 +39,7 @@ OTHERS: Final = Path("/opt/kata-shimv2")
 VIRTIOFSD_PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 # What a runtime's name may add (io.containerd.kata-clh.v2, as Kata's links are called), each with a
 # configuration of its own; the first is what the plain name means.
-VARIANTS: Final = ("qemu", "acrn", "clh")
+VARIANTS: Final = ("qemu", "microvm", "acrn", "clh")
 PLACEHOLDER: Final = re.compile(r"@([A-Z_]+)@")
 
 

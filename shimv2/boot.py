@@ -122,16 +122,19 @@ def check_machine(
     """
     hypervisor = machinery.hypervisor
     can = hypervisor.capabilities(machine_spec(sandbox_id, plan, state))
-    plan = plan.within(
-        max_vcpus=can.max_vcpus, shares=can.shared_directory, disks=can.block_hotplug
-    )
+    plan = plan.within(can)
     # The kernel's vsock device, where there is one, is checked by being opened later.
     vsock = GuestVsock.planned(state, can)
     if not plan.shares and not plan.disks:
         raise FailedPrecondition(
             f"{hypervisor.name} has no way to give a container its files: without a shared "
-            "directory it needs block devices; set hotplug_ports above 0 and "
-            'disable_block_device_use = false, or shared_fs = "virtio-fs"'
+            f"directory it needs block devices; set {plan.disks_need}, or shared_fs = "
+            '"virtio-fs"'
+        )
+    if plan.grows and can.instead and not (can.vcpu_hotplug or can.memory_hotplug):
+        raise FailedPrecondition(
+            f"{hypervisor.name} gives this VM its size once, and with static_sandbox_resource_mgmt "
+            f"= false it would have to grow; set that to true, or {can.instead}"
         )
     hypervisor.check(machine_spec(sandbox_id, plan, state, vsock))
     if plan.shares:

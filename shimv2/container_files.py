@@ -146,7 +146,7 @@ class ContainerFiles:
         if devices and not self._plan.disks:
             raise InvalidArgument(
                 f"device {devices[0].container_path} is a disk of the host, and this VM takes none "
-                "while it runs; set hotplug_ports above 0 and disable_block_device_use = false"
+                f"while it runs; set {self._plan.disks_need}"
             )
         return devices
 
@@ -160,7 +160,7 @@ class ContainerFiles:
             if not self._plan.disks:
                 raise InvalidArgument(
                     f"mount {mount.destination} is a direct volume, and this VM takes no disk "
-                    "while it runs; set hotplug_ports above 0 and disable_block_device_use = false"
+                    f"while it runs; set {self._plan.disks_need}"
                 )
             found[mount.index] = volume
         return found

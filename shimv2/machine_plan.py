@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from shimv2.sizing import MILLI, Base, Limits, Size, wanted, within
 
 if TYPE_CHECKING:
+    from hypervisors.machine import Capabilities
     from hypervisors.virtiofsd import Cache
     from shimv2.config import HypervisorConfig, RuntimeConfig
 
@@ -44,15 +45,19 @@ class MachinePlan:
     shares: bool  # files of the host reach the guest over a shared directory
     disks: bool  # block devices are plugged in while the guest runs
     rootfs_image_mib: int
+    grows: bool = False  # with each container that joins
+    # What to set for disks, where `disks` is false.
+    disks_need: str = "hotplug_ports above 0 and disable_block_device_use = false"
 
-    def within(self, *, max_vcpus: int, shares: bool = True, disks: bool = True) -> MachinePlan:
+    def within(self, can: Capabilities) -> MachinePlan:
         """Return the plan with no more than a backend can do; big hosts have more vCPUs."""
         return replace(
             self,
-            vcpus=min(self.vcpus, max_vcpus),
-            max_vcpus=min(self.max_vcpus, max_vcpus),
-            shares=self.shares and shares,
-            disks=self.disks and disks,
+            vcpus=min(self.vcpus, can.max_vcpus),
+            max_vcpus=min(self.max_vcpus, can.max_vcpus),
+            shares=self.shares and can.shared_directory,
+            disks=self.disks and can.block_hotplug,
+            disks_need=can.instead or self.disks_need,
         )
 
 
@@ -111,6 +116,7 @@ def plan_machine(config: RuntimeConfig, limits: Limits | None = None) -> Machine
         shares=hypervisor.shared_fs != "none",
         disks=not hypervisor.disable_block_device_use and hypervisor.hotplug_ports > 0,
         rootfs_image_mib=hypervisor.rootfs_image_size_mib,
+        grows=not config.runtime.static_sandbox_resource_mgmt,
     )
 
 

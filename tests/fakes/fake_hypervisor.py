@@ -162,6 +162,7 @@ class FakeHypervisor:
     hybrid_vsock: bool = False
     shared_directory: bool = True
     block_hotplug: bool = False
+    instead: str = ""
     machines: list[FakeMachine] = field(default_factory=list)
     namespaces: list[int] = field(default_factory=list)  # inodes, of those given one
     helpers: list[FakeHelper] = field(default_factory=list)
@@ -181,6 +182,7 @@ class FakeHypervisor:
             unix_vsock=True,
             max_vcpus=self.max_vcpus,
             memory_step_mib=1,
+            instead=self.instead,
         )
 
     def check(self, spec: MachineSpec) -> None:

@@ -28,11 +28,17 @@ def configurations(built: Path) -> dict[str, str]:
     files = {path.name: _adapted(path.read_text()) for path in built.glob("configuration*.toml")}
     usual = CONFIGURATION.rpartition("/")[2]
     for text in [*files.values()]:
-        if _hypervisor(text) == vmm.NAME:
+        if setup_of(text) == vmm.SETUP:
             files[usual] = text
-    found = _hypervisor(files.get(usual, ""))
-    assert not files or found == vmm.NAME, f"no configuration for {vmm.NAME} in {built}"
+    found = setup_of(files.get(usual, ""))
+    assert not files or found == vmm.SETUP, f"no configuration for {vmm.SETUP} in {built}"
     return files
+
+
+def setup_of(text: str) -> str:
+    """Return the setup (`vmm.SETUPS`) that a configuration file is for."""
+    machine_type = re.search(r'(?m)^machine_type = "(.*)"$', text)
+    return _hypervisor(text) + (f":{machine_type[1]}" if machine_type else "")
 
 
 def _hypervisor(text: str) -> str:
@@ -45,9 +51,6 @@ def _adapted(text: str) -> str:
         text = with_value(text, "path", f'"{program}"')
     if memory := os.environ.get("KATA_TEST_MEMORY"):
         text = with_value(text, "default_memory", memory)
-    machine_type = os.environ.get("KATA_TEST_MACHINE_TYPE")
-    if machine_type and _hypervisor(text) == vmm.NAME:
-        text = with_value(text, "machine_type", f'"{machine_type}"')
 
     def longer(found: re.Match[str]) -> str:
         return f"{found[1]} = {patient(int(found[2])):g}"

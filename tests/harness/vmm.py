@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hypervisors import accel
 from hypervisors.machine import Capabilities, MachineSpec
@@ -29,10 +30,12 @@ from hypervisors.registry import (
 )
 
 NAME = canonical_name(os.environ.get("KATA_TEST_HYPERVISOR", "qemu"))
+MACHINE_TYPE = os.environ.get("KATA_TEST_MACHINE_TYPE", "")
 #: The backends, those of other distributions too, and the names of their programs.
 PROGRAMS = {name: Path(DEFAULT_PROGRAMS.get(name, name)).name for name in installed()}
 #: What the end-to-end tests run with: a backend, or `backend:machine type` beside its usual one.
-SETUPS = (*PROGRAMS,)
+SETUPS = (*PROGRAMS, "qemu:microvm")
+SETUP = f"{NAME}:{MACHINE_TYPE}" if MACHINE_TYPE else NAME
 #: What a backend needs of a machine instead of KVM, and why it isn't there.
 _OTHER_NEEDS: dict[str, tuple[str, Callable[[], str | None]]] = {
     "acrn": ("ACRN", accel.acrn_problem),
@@ -58,6 +61,8 @@ def missing(setup: str, *, has_kvm: bool = False) -> str:
     if find_program(name) is None:
         program = PROGRAMS.get(name, name)
         return f"{setup}: no {program} in PATH and {variable(name)} names none"
+    if setup == "qemu:microvm" and not has_kvm and accel.kvm_problem() and not accel.tsc_khz():
+        return f"{setup} needs KVM, or a host that tells how fast its time stamp counter runs"
     if name in _OTHER_NEEDS:
         needed, problem = _OTHER_NEEDS[name][0], _OTHER_NEEDS[name][1]()
     elif name in BUILT_IN:
@@ -65,6 +70,13 @@ def missing(setup: str, *, has_kvm: bool = False) -> str:
     else:
         return ""  # another distribution's: what it needs, it says itself
     return f"{setup} needs {needed}: {problem}" if problem else ""
+
+
+def fields_of(setup: str) -> dict[str, Any]:
+    """Return what a setup means for a `MachineSpec`: program, and machine type if it has one."""
+    name, _, machine_type = setup.partition(":")
+    program = {"binary": find_program(name)}
+    return program | ({"machine_type": machine_type} if machine_type else {})
 
 
 def process_name(name: str = NAME) -> str:
@@ -87,7 +99,7 @@ def capabilities() -> Capabilities:
         max_memory_mib=2 * _MIB_FOR_CAPABILITIES,
         binary=find_program(NAME) or Path("/nowhere"),
         run_dir=Path("/tmp"),
-        machine_type=os.environ.get("KATA_TEST_MACHINE_TYPE", "q35"),
+        machine_type=MACHINE_TYPE or "q35",
         hotplug_ports=2,
     )
     return find_hypervisor(NAME).capabilities(spec)
@@ -97,7 +109,7 @@ def lacks(ability: str) -> str:
     """Say that the VMM under test can't do `ability`; empty when it can."""
     if getattr(capabilities(), ability):
         return ""
-    return f"{NAME} lacks {ability.replace('_', ' ')} here"
+    return f"{SETUP} lacks {ability.replace('_', ' ')} here"
 
 
 def has_vsock_daemon() -> bool:

@@ -34,7 +34,7 @@ export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 while read module; do insmod $module || echo "NO-MODULE $module"; done < /etc/modules
 mount -t virtiofs kataShared /mnt 2>/dev/null && echo "SHARE $(cat /mnt/hello)"
-grep -l 0x1053 /sys/bus/pci/devices/*/device && echo "VSOCK 1af4:1053"
+grep -l 0x0013 /sys/bus/virtio/devices/*/device && echo "VSOCK 1af4:1053"
 echo GUEST-READY
 for word in $(cat /proc/cmdline); do
   case $word in

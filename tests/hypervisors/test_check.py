@@ -144,7 +144,7 @@ def test_value_out_of_range_is_refused(spec, changes):
     "changes",
     [
         {"machine_type": "virt"},
-        {"machine_type": "microvm", "devices": tuple(Rng(id=f"r{n}") for n in range(25))},
+        {"machine_type": "microvm", "devices": tuple(Rng(id=f"r{n}") for n in range(24))},
         {"hotplug_ports": 15},
         {"max_vcpus": 300},
         {"devices": tuple(Rng(id=f"r{n}") for n in range(16))},

@@ -56,19 +56,20 @@ CID = 4242
 ENDED_BY_GUEST = (ExitKind.CLEAN, ExitKind.REBOOT)
 
 
-@pytest.fixture(params=vmm.PROGRAMS)
+@pytest.fixture(params=vmm.SETUPS)
 def backend(request):
     if why := vmm.missing(request.param):
         pytest.skip(why)
-    return find_hypervisor(request.param)
+    return find_hypervisor(request.param.partition(":")[0])
 
 
 @pytest.fixture
-def make_spec(backend, make_spec):
-    """As the other tests' one, for this backend's program."""
+def make_spec(backend, make_spec, request):
+    """As the other tests' one, for this backend's program and machine type."""
+    fields = vmm.fields_of(request.node.callspec.params["backend"])
 
     def make(*args, **changes):
-        return make_spec(*args, **{"binary": vmm.find_program(backend.name), **changes})
+        return make_spec(*args, **{**fields, **changes})
 
     return make
 
@@ -159,7 +160,7 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
         first = await machine.attach(
             BlockDevice(id="disk", path=disk, read_only=True, serial="abc")
         )
-        await says(machine, f"STATE disks=[ {_place(first)}")
+        await says(machine, _disk_at(first))
         if can.net_hotplug:
             tap = make_tap_elsewhere()
             mac = "02:00:00:00:00:01"
@@ -178,12 +179,13 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
     assert len(removed) >= 1 + can.net_hotplug
 
 
-def _place(address):
-    """A glimpse of the path in sysfs of a disk at this address."""
+def _disk_at(address):
+    """What the guest says of its one disk at this address: a glimpse of the path in sysfs."""
     if address.pci_path:
         slot, _, behind_a_port = address.pci_path.partition("/")
-        return f"../devices/pci0000:00/0000:00:{slot}.0/{'0000:' if behind_a_port else 'virtio'}"
-    return Path(address.node).name
+        below = "0000:" if behind_a_port else "virtio"
+        return f"STATE disks=[ ../devices/pci0000:00/0000:00:{slot}.0/{below}"
+    return f"/block/{Path(address.node).name} ]"
 
 
 async def test_vcpus_and_memory_come_while_it_runs_and_it_pauses(backend, make_spec, records):
@@ -272,7 +274,7 @@ async def test_cold_devices_are_where_it_says_and_it_outlives_its_daemons(
         async with running(spec, records, backend) as machine:
             os.close(tap)
             assert sorted(machine.addresses) == sorted(device.id for device in spec.devices)
-            await says(machine, f"STATE disks=[ {_place(machine.addresses['d0'])}")
+            await says(machine, _disk_at(machine.addresses["d0"]))
             await says(machine, f"nets=[ {mac} ]")
             await says(machine, "VSOCK 1af4:1053")
             if can.shared_directory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -280,16 +281,61 @@ async def test_neither_sharing_nor_disks_is_refused_before_anything_is_taken(
         assert not shim.hypervisor.machines
 
 
+async def test_machine_that_nothing_can_be_plugged_into_is_refused_what_it_would_need(
+    tmp_path: Path,
+) -> None:
+    made = config()
+    grows = replace(made, runtime=replace(made.runtime, static_sandbox_resource_mgmt=False))
+    for configuration, text in (
+        (
+            config(shared_fs="none"),
+            documented(
+                "… has no way to give a container its files: without a shared directory it needs "
+                'block devices; set machine_type = "q35", or shared_fs = "virtio-fs"'
+            ),
+        ),
+        (
+            grows,
+            documented(
+                "… gives this VM its size once, and with static_sandbox_resource_mgmt = false it "
+                'would have to grow; set that to true, or machine_type = "q35"'
+            ),
+        ),
+    ):
+        async with ShimBench(tmp_path / "a", configuration).running() as shim:
+            shim.hypervisor.instead = 'machine_type = "q35"'
+            assert text.search(str(await refusal(shim.create())))
+            assert not shim.hypervisor.machines
+
+
 @pytest.mark.skipif(not _DISKS, reason="the machine has no disk")
-async def test_a_disk_for_a_machine_that_takes_none_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("instead", "text"),
+    [
+        (
+            "",
+            documented(
+                "device … is a disk of the host, and this VM takes none while it runs; set "
+                "hotplug_ports above 0 …"
+            ),
+        ),
+        (
+            'machine_type = "q35"',
+            documented(
+                "device … is a disk of the host, and this VM takes none while it runs; set "
+                'machine_type = "q35"'
+            ),
+        ),
+    ],
+)
+async def test_a_disk_for_a_machine_that_takes_none_is_refused(
+    tmp_path: Path, instead: str, text: re.Pattern[str]
+) -> None:
     major, minor = _DISKS[0].read_text().strip().split(":")
     disk = {"path": "/dev/xvda", "type": "b", "major": int(major), "minor": int(minor)}
     linux = spec()["linux"] | {"devices": [disk]}
     async with ShimBench(tmp_path, config(hotplug_ports=0)).running() as shim:
-        text = documented(
-            "device … is a disk of the host, and this VM takes none while it runs; set "
-            "hotplug_ports above 0 …"
-        )
+        shim.hypervisor.instead = instead
         assert text.search(str(await refusal(shim.create(config=spec(linux=linux)))))
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from unittest import mock
 
 from hypervisors import accel
 from hypervisors.machine import Capabilities, MachineSpec
+from hypervisors.qemu_board import BOARDS
 from hypervisors.registry import BUILT_IN, find_hypervisor, installed
 from tests.style import source
 
@@ -37,6 +39,7 @@ WORDS: Final = {
     "unix_vsock": "vsock of a daemon",
     "max_vcpus": "vCPUs at most",
     "memory_step_mib": "memory comes in steps of, MiB",
+    "instead": "for what it can't, set",
 }
 
 
@@ -50,12 +53,17 @@ def specification() -> MachineSpec:
 
 
 def capabilities(names: Sequence[str]) -> dict[str, Capabilities]:
-    """What each of these backends says on a host with KVM and vhost-vsock."""
+    """What each of these, with each machine type, says on a host with KVM and vhost-vsock."""
     with (
         mock.patch.object(accel, "kvm_problem", return_value=None),
         mock.patch.object(accel, "kernel_vsock_usable", return_value=True),
     ):
-        return {name: find_hypervisor(name).capabilities(specification()) for name in names}
+        found = {name: find_hypervisor(name).capabilities(specification()) for name in names}
+        for board in BOARDS.values() if "qemu" in names else ():
+            spec = replace(specification(), machine_type=board.name)
+            if spec != specification():
+                found[f"qemu {board.name}"] = find_hypervisor("qemu").capabilities(spec)
+        return found
 
 
 def table(names: Sequence[str] = BUILT_IN) -> str:
@@ -74,7 +82,7 @@ def _lines(found: dict[str, Capabilities]) -> Iterator[str]:
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value)
+    return str(value) if isinstance(value, int) or not value else f"`{value}`"
 
 
 def page() -> str:
