@@ -25,22 +25,20 @@ from typing import Final
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from tests.harness import vmm  # noqa: E402
+from tests.harness.configuration import setup_of  # noqa: E402
 from tests.harness.containerd_daemon import ContainerdMissing, find_containerd  # noqa: E402
 from tests.harness.node import Node  # noqa: E402
 from tests.harness.oci_image import BUSYBOX_IMAGE, BusyboxMissing  # noqa: E402
 
-# The runtime for each VMM, by its own name and by Kata's.
-RUNTIMES: Final = {
-    "": "io.containerd.kata.v2",
-    "qemu": "io.containerd.kata-qemu.v2",
-    "acrn": "io.containerd.kata-acrn.v2",
-    "cloud-hypervisor": "io.containerd.kata-clh.v2",
-    "clh": "io.containerd.kata-clh.v2",
-}
+# Where `make shim` puts a configuration for each runtime that is called after a VMM.
+CONFIGURATIONS: Final = REPOSITORY / "build/etc"
 MACHINES: Final = {
     "acrn": "ACRN",
     "cloud-hypervisor": "Cloud Hypervisor",
-    "clh": "Cloud Hypervisor",
+    "firecracker": "Firecracker",
+    "qemu": "QEMU",
+    "qemu:microvm": "QEMU microvm",
 }
 TIMELINE_EVENT: Final = "sandbox timeline"
 PULL_S: Final = 600
@@ -99,6 +97,28 @@ def prerequisites() -> None:
             raise DemoFailed(f"{path} is missing: {fix}")
 
 
+def runtimes() -> dict[str, tuple[str, str]]:
+    """Return runtime and setup (`vmm.SETUPS`) by each name of a VMM: its own, and the runtime's."""
+    found: dict[str, tuple[str, str]] = {}
+    for path in sorted(CONFIGURATIONS.glob("configuration-*.toml")):
+        variant = path.stem.partition("-")[2]
+        setup = setup_of(path.read_text())
+        entry = (f"io.containerd.kata-{variant}.v2", setup)
+        found |= {variant: entry, setup.partition(":")[2] or setup: entry}
+    return found
+
+
+def choose(name: str) -> tuple[str, str]:
+    """Return runtime and setup of a VMM, "" for the usual one; DemoFailed if it can't run here."""
+    known = {"": ("io.containerd.kata.v2", vmm.SETUP), **runtimes()}
+    if name not in known:
+        names = ", ".join(sorted(filter(None, known)))
+        raise DemoFailed(f"VMM={name} is not known; choose one of {names}")
+    if why := vmm.missing(known[name][1]):
+        raise DemoFailed(why)
+    return known[name]
+
+
 def pull(node: Node, image: str) -> None:
     """Pull `image` into the node's containerd by a ctr that has the host's network."""
     print(f"pulling {image} …", flush=True)
@@ -122,9 +142,9 @@ def _client_side(node: Node) -> list[str]:
     return ["--local"] if "--local" in help_text else []
 
 
-def run_container(node: Node, image: str, command: Sequence[str], vmm: str) -> Run:
+def run_container(node: Node, image: str, command: Sequence[str], runtime: str) -> Run:
     """Run `command` in its own virtual machine, passing its output on as it comes."""
-    argv = ["ctr", "run", "--rm", "--runtime", RUNTIMES[vmm], image, "hello", *command]
+    argv = ["ctr", "run", "--rm", "--runtime", runtime, image, "hello", *command]
     print(f"$ {shlex.join(argv[:7])} …\n", flush=True)
     started = time.monotonic()
     lines = []
@@ -183,7 +203,7 @@ def guest_kernel(result: Run, *, is_default: bool) -> str:
     return str(manifest["kernel"]["release"])
 
 
-def report(result: Run, log: str, *, is_default: bool, vmm: str = "") -> None:
+def report(result: Run, log: str, *, is_default: bool, setup: str = "qemu") -> None:
     """Print what happened."""
     print(f"\nexit status    {result.status}")
     print(f"host kernel    {platform.release()}")
@@ -191,7 +211,7 @@ def report(result: Run, log: str, *, is_default: bool, vmm: str = "") -> None:
     record = timeline_record(log)
     accelerator = ACCELERATORS.get(str(record.get("accelerator")))
     if accelerator:
-        print(f"machine        {MACHINES.get(vmm, 'QEMU')}, {accelerator}")
+        print(f"machine        {MACHINES.get(setup, setup)}, {accelerator}")
     if record:
         print("timeline, from the first request for the container to the shim:")
         for line in timeline_lines(phases(record)):
@@ -199,12 +219,10 @@ def report(result: Run, log: str, *, is_default: bool, vmm: str = "") -> None:
     print(f"`ctr run` took {result.wall_s:.2f} s from start to end.")
 
 
-def demonstrate(image: str | None, command: Sequence[str], vmm: str = "") -> int:
+def demonstrate(image: str | None, command: Sequence[str], name: str = "") -> int:
     """Run the container and print the report; return the exit status of the program."""
-    if vmm not in RUNTIMES:
-        known = ", ".join(filter(None, RUNTIMES))
-        raise DemoFailed(f"VMM={vmm} is not known; choose one of {known}")
     prerequisites()
+    runtime, setup = choose(name)
     is_default = image is None and not command
     with tempfile.TemporaryDirectory(prefix="kata-demo-") as logs:
         node = Node(find_containerd(1), log_directory=Path(logs))
@@ -213,9 +231,9 @@ def demonstrate(image: str | None, command: Sequence[str], vmm: str = "") -> int
             if image is not None:
                 pull(node, image)
             arguments = command or (() if image is not None else DEFAULT_COMMAND)
-            result = run_container(node, image or BUSYBOX_IMAGE, arguments, vmm)
+            result = run_container(node, image or BUSYBOX_IMAGE, arguments, runtime)
             log = node.containerd.log_path.read_text(errors="replace")
-            report(result, log, is_default=is_default, vmm=vmm)
+            report(result, log, is_default=is_default, setup=setup)
         if is_default and result.status != 0:
             _print_failure(log)
     return result.status
@@ -246,7 +264,7 @@ def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="make run", description=__doc__)
     parser.add_argument("--image", help="complete image name, pulled from its registry")
-    parser.add_argument("--vmm", default="", help=", ".join(filter(None, RUNTIMES)))
+    parser.add_argument("--vmm", default="", help="a VMM, as make run VMM= takes it")
     parser.add_argument("command", nargs="*", help="what to run in it; the image's own if none")
     options = parser.parse_args()
     try:

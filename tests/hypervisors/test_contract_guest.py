@@ -185,7 +185,7 @@ def _disk_at(address):
         slot, _, behind_a_port = address.pci_path.partition("/")
         below = "0000:" if behind_a_port else "virtio"
         return f"STATE disks=[ ../devices/pci0000:00/0000:00:{slot}.0/{below}"
-    return f"/block/{Path(address.node).name} ]"
+    return f"{Path(address.node).name} ]"
 
 
 async def test_vcpus_and_memory_come_while_it_runs_and_it_pauses(backend, make_spec, records):

@@ -50,6 +50,8 @@ def test_every_place_the_readme_names_is_filled(installed: Path) -> None:
         "usr/bin/containerd-shim-kata-acrn-v2",
         "usr/bin/containerd-shim-kata-clh-v2",
         "usr/share/kata-containers/bzImage",
+        "etc/kata-containers/configuration-microvm.toml",
+        "usr/bin/containerd-shim-kata-microvm-v2",
         "usr/share/kata-containers/vmlinux",
         "usr/share/kata-containers/initrd.img",
         "usr/libexec/kata-shimv2/vhost-device-vsock",
