@@ -16,19 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from hypervisors.registry import ENTRY_POINT_GROUP, find_hypervisor, installed
+from hypervisors.registry import find_hypervisor, installed
 from shimv2.config import load_config
 from shimv2.task_service import _real_machinery
 from tests.harness.node import BUILD
 from tests.harness.patience import patient
 from tests.style import hypervisors_page
 
-from . import scratch_guest
+from . import scratch_guest, third_party
 
 HERE = Path(__file__).parent
-PARTS = HERE / "third_party"
-METADATA = "Metadata-Version: 2.1\nName: toy-vmm\nVersion: 1.0\n"
-ENTRY_POINTS = f"[{ENTRY_POINT_GROUP}]\ntoy = toy_hypervisor:Toy\n"
 LIMIT_S = 240
 
 
@@ -46,17 +43,7 @@ def toy() -> Iterator[Distribution]:
     with tempfile.TemporaryDirectory(prefix="kata-toy-") as name:
         site = Path(name)
         site.chmod(0o755)
-        module = (PARTS / "toy_hypervisor.py").read_text()
-        (site / "toy_hypervisor.py").write_text(module)
-        metadata = site / "toy_vmm-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(METADATA)
-        (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
-        program = site / "toy"
-        interpreter = os.path.realpath(sys.executable)
-        program.write_text(f"#!{interpreter} -I\n{(PARTS / 'toy_vmm.py').read_text()}")
-        program.chmod(0o755)
-        yield Distribution(site, program)
+        yield Distribution(site, third_party.put(site))
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """The toy VMM, a program that plays its guest: it says on its console what scratch_guest.py would.
 
 It stands alone, in one file: a VMM's own user can read no checkout. QMP is on descriptor 3.
+
+`toy.agent=PATH` on the kernel's command line makes the guest one with an agent: whoever connects to
+its vsock device is led to the socket at PATH.
 """
 
 import json
@@ -31,15 +34,21 @@ class Machine:
             self.listener = socket.socket(socket.AF_UNIX)
             self.listener.bind(description["vsock"])
             self.listener.listen()
-            threading.Thread(target=self.refuse_connections, daemon=True).start()
+            threading.Thread(target=self.take_connections, daemon=True).start()
 
-    def refuse_connections(self) -> None:
-        """Nobody listens in this guest; the device answers by closing."""
+    def take_connections(self) -> None:
+        """Lead connections to the agent; without one, the device answers by closing."""
         assert self.listener is not None
         while True:
             connection, _ = self.listener.accept()
-            connection.recv(64)
-            connection.close()
+            if "toy.agent" not in self.options:
+                connection.recv(64)
+                connection.close()
+                continue
+            agent = socket.socket(socket.AF_UNIX)
+            agent.connect(self.options["toy.agent"])
+            for ends in ((connection, agent), (agent, connection)):
+                threading.Thread(target=copy, args=ends, daemon=True).start()
 
     def tell(self, message: dict[str, Any]) -> None:
         self.qmp.sendall(json.dumps(message).encode() + b"\r\n")
@@ -90,6 +99,13 @@ class Machine:
                 self.tell({"return": {}, "id": command["id"]})
                 self.end("host-qmp-quit")
         self.tell({"return": {}, "id": command["id"]})
+
+
+def copy(source: socket.socket, target: socket.socket) -> None:
+    """Pass on what comes, and its end."""
+    while data := source.recv(65536):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
 
 
 def say(text: str) -> None:
