@@ -32,7 +32,7 @@ async def connected(
     agent = FakeAgent(directory / "v")
     async with trio.open_nursery() as nursery:
         await nursery.start(agent.serve)
-        sock = await dial(HybridVsock(agent.uds_path), timeout_s=5)
+        sock = await dial(HybridVsock(agent.uds_path), timeout_s=30)
         client = AgentClient(sock, timeouts=timeouts)
         await nursery.start(client.run)
         yield client, agent

@@ -18,6 +18,7 @@ from agent_proto.vsock import (
     dial_until,
 )
 from tests.fakes.fake_wire import bound
+from tests.harness.own_process import open_descriptors
 
 
 def unusable_vsock() -> str:
@@ -88,11 +89,11 @@ async def test_wrong_answer_is_refused_and_nothing_stays_open(tmp_path, answers,
     device = Device(tmp_path / "v", answers, hangs_up=True)
     async with trio.open_nursery() as nursery:
         await nursery.start(device.serve)
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         with pytest.raises(HandshakeRefused):
             await dial(device.endpoint, timeout_s=5)
         await trio.sleep(1)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() <= before
         nursery.cancel_scope.cancel()
 
 
@@ -110,19 +111,19 @@ async def test_silent_device_is_given_up_at_the_deadline(tmp_path, answers, auto
 
 async def test_missing_socket_is_named(tmp_path):
     with pytest.raises(AgentUnreachable, match=r"absent.*No such file"):
-        await dial(HybridVsock(tmp_path / "absent"), timeout_s=1)
+        await dial(HybridVsock(tmp_path / "absent"), timeout_s=30)
 
 
 async def test_path_longer_than_a_socket_address_is_named(tmp_path):
     with pytest.raises(AgentUnreachable, match="too long"):
-        await dial(HybridVsock(tmp_path / ("x" * 110)), timeout_s=1)
+        await dial(HybridVsock(tmp_path / ("x" * 110)), timeout_s=30)
 
 
 async def test_device_that_stopped_listening_is_unreachable(tmp_path):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(os.fspath(tmp_path / "v"))
     with pytest.raises(AgentUnreachable, match="refused"):
-        await dial(HybridVsock(tmp_path / "v"), timeout_s=1)
+        await dial(HybridVsock(tmp_path / "v"), timeout_s=30)
 
 
 async def test_full_accept_queue_is_a_failed_attempt_not_a_hang(tmp_path):
@@ -131,19 +132,19 @@ async def test_full_accept_queue_is_a_failed_attempt_not_a_hang(tmp_path):
         listener.listen(0)
         waiting.connect(os.fspath(tmp_path / "v"))
         with pytest.raises(AgentUnreachable, match="temporarily"):
-            await dial(HybridVsock(tmp_path / "v"), timeout_s=1)
+            await dial(HybridVsock(tmp_path / "v"), timeout_s=30)
 
 
 async def test_cancelled_dial_leaves_nothing_open(tmp_path, autojump_clock):
     device = Device(tmp_path / "v", [])
     async with trio.open_nursery() as nursery:
         await nursery.start(device.serve)
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         with trio.move_on_after(1) as scope:
             await dial(device.endpoint, timeout_s=100)
         assert scope.cancelled_caught
         await trio.sleep(1)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() <= before
         nursery.cancel_scope.cancel()
 
 

@@ -27,7 +27,7 @@ AGENT: Final = ROOT / "build/agent-target/x86_64-unknown-linux-gnu/release/kata-
 BUSYBOX: Final = shutil.which("busybox") or "/usr/bin/busybox"
 APPLETS: Final = ("sh", "cat", "sleep", "true", "echo", "dd", "id", "stty", "touch", "ln", "kill")
 START_DEADLINE_S: Final = 20.0
-STEP_DEADLINE_S: Final = 30.0
+STEP_DEADLINE_S: Final = 60.0
 
 _UNIFIED: Final = Path("/sys/fs/cgroup/unified")
 _CGROUPS: Final = (_UNIFIED if _UNIFIED.exists() else Path("/sys/fs/cgroup")) / "kata"

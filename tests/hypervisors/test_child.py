@@ -16,6 +16,7 @@ import trio
 
 from hypervisors.child import ChildExit, ChildRecord, spawn, start_time_of
 from hypervisors.errors import SpawnFailed
+from tests.harness.own_process import open_descriptors
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -131,12 +132,12 @@ async def test_refused_record_means_that_the_program_never_ran(tmp_path):
     ],
 )
 async def test_what_failed_before_exec_is_named(argv, options, stage, errno):
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(SpawnFailed) as caught:
         await spawn("test", argv, record=lambda _: None, **options)
     assert (caught.value.stage, caught.value.errno) == (stage, errno)
     assert argv[0] in str(caught.value)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() <= before
 
 
 async def test_wait_returns_same_exit_to_every_caller():
@@ -164,9 +165,8 @@ async def test_stderr_is_drained_and_only_its_tail_kept():
 
 
 async def test_grandchild_that_keeps_stderr_open_does_not_delay_the_exit():
-    began = time.monotonic()
-    child = await run(shell("sleep 5 & echo $! >&2; exit 3"))
-    assert time.monotonic() - began < 3
+    with trio.fail_after(30):
+        child = await run(shell("sleep 1000 & echo $! >&2; exit 3"))
     assert child.exit == ChildExit(code=3, signal=None)
     os.kill(int(child.stderr_tail[0]), signal.SIGKILL)
 
@@ -178,7 +178,7 @@ async def test_stop_escalates_to_a_child_that_ignores_the_request():
     os.close(ready_write)
     await trio.lowlevel.wait_readable(ready_read)
     os.close(ready_read)
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         ending = await child.stop(grace_s=0.05)
     await child.aclose()
     assert ending.signal == signal.SIGKILL
@@ -186,7 +186,7 @@ async def test_stop_escalates_to_a_child_that_ignores_the_request():
 
 
 async def test_cancelled_spawn_leaves_no_process_and_no_descriptor():
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     pids = []
     with trio.CancelScope() as scope:
 
@@ -197,16 +197,16 @@ async def test_cancelled_spawn_leaves_no_process_and_no_descriptor():
         await spawn("test", shell("sleep 100"), record=record)
     assert scope.cancelled_caught
     assert not exists(pids[0])
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() <= before
 
 
 async def test_aclose_is_idempotent_and_closes_everything():
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     child = await spawn("test", shell("sleep 100"), record=lambda _: None)
     await child.aclose()
     await child.aclose()
     assert child.exit == ChildExit(code=None, signal=signal.SIGKILL)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() <= before
 
 
 async def test_only_the_main_thread_may_spawn():

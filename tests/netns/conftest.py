@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.own_process import zombies
 from tests.netns.pod import OUTSIDE, POD, Holder
+
+
+@pytest.fixture(autouse=True)
+def children_are_waited_for() -> Iterator[None]:
+    before = zombies()
+    yield
+    assert zombies() <= before
 
 
 @pytest.fixture

@@ -364,7 +364,7 @@ def test_delete_cleans_after_a_killed_shim(shim):
         os.mkdir(share)
         book.close()
         assert deleted(shim, bundle).exit_status == 137
-        assert helper.wait(5) == -signal.SIGKILL
+        assert helper.wait(30) == -signal.SIGKILL
     assert not state.exists()
     assert deleted(shim, bundle).exit_status == 137
 

@@ -46,10 +46,11 @@ async def test_flood_of_one_client_leaves_turns_for_another():
         flood = b"".join(request(1 + 2 * index, "Echo", b"x") for index in range(20_000))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flooding.send, flood)
-            nursery.start_soon(answers_of, flooding, 20_000, [])
-            with trio.fail_after(5):
-                for _ in range(20):
-                    await client.call("test", "Echo", b"x", timeout_s=1)
+            answered: list[int] = []
+            nursery.start_soon(answers_of, flooding, 20_000, answered)
+            for _ in range(20):
+                await client.call("test", "Echo", b"x")
+            assert len(answered) < 10_000
 
 
 async def test_calls_with_a_task_are_bounded_and_others_are_still_answered():

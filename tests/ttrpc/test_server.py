@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import socket
@@ -9,6 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from tests.harness.own_process import open_descriptors
 from tests.ttrpc.wire import RawPeer, connected, frame, request, serving
 from ttrpc import frames
 from ttrpc.client import Client
@@ -343,7 +345,7 @@ def dial(listener: socket.socket) -> RawPeer:
 async def test_shutdown_lets_active_calls_finish_and_sends_their_answers(listener):
     gate = Gate()
     server = Server({"test": {"Wait": gate, "Echo": echo}})
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve, listener)
             busy, idle = dial(listener), dial(listener)
@@ -417,7 +419,7 @@ async def test_peer_of_the_same_user_is_served(listener):
         nursery.cancel_scope.cancel()
 
 
-async def test_stream_handler_that_fails_or_is_one_too_many_is_answered():
+async def test_stream_handler_that_fails_or_is_one_too_many_is_answered(autojump_clock):
     def fail(_context, _stream):
         raise StatusError(Code.ABORTED, "before it began")
 
@@ -453,7 +455,7 @@ async def test_answer_is_not_sent_to_a_client_that_has_gone():
         await peer.send(request(1, "Talk", b"go", flags=frames.REMOTE_OPEN))
         await peer.frame()
         peer.close()
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await wait_all_tasks_blocked()
     assert len(seen) == 1
 
@@ -480,7 +482,7 @@ async def test_accept_survives_running_out_of_descriptors(listener):
 
     server = Server(BASIC, report=report)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve, listener)
             first = dial(listener)
@@ -505,6 +507,7 @@ async def test_accept_survives_running_out_of_descriptors(listener):
 def dial_at_limit(listener: socket.socket) -> RawPeer:
     """Connect, and leave no descriptor for the server to accept with."""
     peer = dial(listener)
+    gc.collect()  # so that it frees none meanwhile
     spare = os.dup(0)
     os.close(spare)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -520,13 +523,13 @@ async def test_accept_error_that_will_not_pass_is_raised():
 
 
 async def test_client_and_server_close_without_leaving_descriptors():
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(50):
         async with connected(BASIC) as client:
             await client.call("test", "Echo", b"x")
             with pytest.raises(CallTimeout):
                 await client.call("test", "ForEver", b"", timeout_s=0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() <= before
 
 
 async def test_client_sees_the_server_go():
