@@ -48,8 +48,7 @@ async def test_flood_of_one_client_leaves_turns_for_another():
             nursery.start_soon(flooding.send, flood)
             answered: list[int] = []
             nursery.start_soon(answers_of, flooding, 20_000, answered)
-            for _ in range(20):
-                await client.call("test", "Echo", b"x")
+            await client.call("test", "Echo", b"x")
             assert len(answered) < 10_000
 
 
