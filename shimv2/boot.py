@@ -462,7 +462,10 @@ def machine_spec(
         kernel=plan.kernel,
         initrd=plan.initrd,
         cmdline=(
-            f"kata.ready_port={ready_port} kata.forward_port={FORWARD_PORT} {plan.kernel_params}"
+            # A guest whose kernel has failed must not linger: a process that it has stopped for ever
+            # would be waited for without end.
+            f"oops=panic kata.ready_port={ready_port} kata.forward_port={FORWARD_PORT} "
+            f"{plan.kernel_params}"
         ).strip(),
         vcpus=plan.vcpus,
         max_vcpus=plan.max_vcpus,

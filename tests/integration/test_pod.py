@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -48,6 +49,40 @@ def test_pod_shares_one_vm_one_shim_ipc_and_uts_but_no_root(node: Node, ctr: Ctr
     inside(one, "echo mine >/tmp/file")
     assert inside(two, "ls /tmp") == ""
     assert inside(one, "hostname") == inside(two, "hostname")
+
+
+# Has always much to read ahead, and reads under way.
+_READER = """\
+for file in 1 2 3 4 5 6 7 8; do cp /bin/busybox /$file; done
+touch /ready
+while :; do
+    for file in 1 2 3 4 5 6 7 8; do head -c 5000 /$file; done >/dev/null
+    echo 3 >/proc/sys/vm/drop_caches
+done
+"""
+
+
+@pytest.mark.needs("shared_directory")
+def test_container_killed_while_it_reads_leaves_the_guest_well(
+    node: Node, ctr: Ctr, pod: Pod
+) -> None:
+    """Linux takes a file system of the host's down without waiting for what is read ahead there."""
+    neighbour = pod.start("neighbour", "sleep", "1000")
+    daemons = [process.pid for process in node.processes() if process.comm == "virtiofsd"]
+    assert daemons
+    for _ in range(8):
+        reader = pod.start("reader", "sh", "-c", _READER, options=["--privileged"])
+        ctr.exec(reader, "sh", "-c", "until [ -e /ready ]; do :; done", check=True)
+        for daemon in daemons:
+            node.signal(daemon, "STOP")
+        removal = node.popen(["ctr", "task", "rm", "-f", reader], stdout=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            removal.wait(0.1)  # what is killed can't end: it has something to read
+        for daemon in daemons:
+            node.signal(daemon, "CONT")
+        removal.wait(patient(60))
+    # If the kernel does find a fault in itself, it ends rather than leave somebody waiting.
+    assert ctr.exec(neighbour, "cat", "/proc/sys/kernel/panic_on_oops").stdout == "1\n"
 
 
 def test_container_joins_after_another_was_removed(node: Node, ctr: Ctr, pod: Pod) -> None:

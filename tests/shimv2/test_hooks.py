@@ -267,19 +267,19 @@ class TestOnTheHost:
     ) -> None:
         child = tmp_path / "child"
         script = f"sleep 1000 & echo $! > {child}; echo waiting; wait"
-        hooks = {"createRuntime": [scripts.hook("hang", script, timeout=1)]}
+        hooks = {"createRuntime": [scripts.hook("hang", script, timeout=3)]}
         async with ShimBench(tmp_path).running() as shim:
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 error = await refusal(shim.create(config=spec(hooks=hooks)))
-            assert "did not end within 1 s and was killed: waiting" in str(error)
-            with trio.fail_after(5):
+            assert "did not end within 3 s and was killed: waiting" in str(error)
+            with trio.fail_after(30):
                 await shim.until(lambda: not Path(f"/proc/{child.read_text().strip()}").exists())
 
     async def test_hook_without_a_timeout_ends_with_the_create_s(
         self, tmp_path: Path, scripts: Scripts
     ) -> None:
         hooks = {"createRuntime": [scripts.hook("hang", "sleep 1000")]}
-        config = RuntimeConfig(agent=AgentConfig(create_container_timeout_s=1))
+        config = RuntimeConfig(agent=AgentConfig(create_container_timeout_s=3))
         async with ShimBench(tmp_path, config).running() as shim:
             error = await refusal(shim.create(config=spec(hooks=hooks)))
             assert error.code == Code.DEADLINE_EXCEEDED
@@ -291,7 +291,7 @@ class TestOnTheHost:
         flood = "yes 'all work and no play' | head -c 5000000; echo end >&2; exit 1"
         hooks = {"createRuntime": [scripts.hook("flood", flood)]}
         async with ShimBench(tmp_path).running() as shim:
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 error = await refusal(shim.create(config=spec(hooks=hooks)))
             assert str(error).endswith("end")
             assert len(str(error)) < 2048
@@ -431,11 +431,11 @@ def test_a_shim_runs_what_an_earlier_one_left_before_it_serves(
 
 def test_poststop_hooks_that_are_replayed_share_one_time(tmp_path: Path, scripts: Scripts) -> None:
     state_dir = StateDir("k", str(tmp_path / "s"))
-    names = ("c1", "c2", "c3", "c4")
+    names = [f"c{number}" for number in range(10)]
     left_by_a_killed_shim(state_dir, *((name, scripts.hook(name, "sleep 1000")) for name in names))
     before = time.monotonic()
     problems = replay(state_dir.journal)
-    assert time.monotonic() - before < 2 * HOOKS_LIMIT_S
+    assert time.monotonic() - before < 5 * HOOKS_LIMIT_S
     assert len(problems) == len(names)
     assert all("was killed" in problem for problem in problems), problems
     assert remove_state(state_dir) == []

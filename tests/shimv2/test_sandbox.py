@@ -30,7 +30,9 @@ _HOST_NETWORK = documented(
 )
 
 
-async def test_state_answers_while_the_vm_boots(tmp_path: Path) -> None:
+async def test_state_answers_while_the_vm_boots(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
     async with ShimBench(tmp_path).running() as shim:
         shim.agent_reports = False
         async with trio.open_nursery() as nursery:
@@ -154,7 +156,7 @@ async def test_a_client_that_leaves_during_create_leaves_nothing(tmp_path: Path)
             nursery.start_soon(create)
             await trio.testing.wait_all_tasks_blocked(0.05)
             client.close()
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             await shim.until(lambda: not shim.state_dir.exists())
         assert (await refusal(shim.state())).code == Code.NOT_FOUND
 
@@ -269,7 +271,7 @@ async def test_a_spec_that_no_vm_can_have_is_refused_before_anything_is_taken(
 
 @pytest.mark.parametrize("part", ["vmm", "virtiofsd", "vhost-device-vsock", "agent"])
 async def test_the_death_of_a_part_ends_every_process_with_137_within_a_second(
-    tmp_path: Path, part: str
+    tmp_path: Path, part: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with ShimBench(tmp_path).running() as shim:
         shim.agent.program(SLEEP)
@@ -307,7 +309,7 @@ async def test_after_the_vm_died_a_pod_says_why_it_takes_no_container(tmp_path: 
 
 
 async def test_the_death_of_the_vm_while_it_boots_fails_create_with_the_reason(
-    tmp_path: Path,
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with ShimBench(tmp_path).running() as shim:
 

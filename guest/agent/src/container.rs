@@ -15,6 +15,7 @@ use crate::pids::ProcMount;
 use crate::reaper::Exit;
 use crate::status::{Context, Result, Status};
 use crate::stdio::Stdio;
+use crate::submount::Submount;
 
 /// Most processes of one container that the agent keeps records of.
 const MAX_EXECS: usize = 1024;
@@ -78,6 +79,8 @@ pub struct Container {
     /// The init process's filter, which every exec process gets as well.
     pub seccomp: Option<grpc::LinuxSeccomp>,
     pub rootfs: PathBuf,
+    /// The root's file system, if it is the host's, until the container is removed.
+    pub root: RefCell<Option<Submount>>,
     /// Source, in the guest, of the mount at the Kubernetes termination log path.
     pub termination_log: Option<PathBuf>,
     pub started: Cell<bool>,

@@ -44,6 +44,7 @@ mod spec;
 mod status;
 mod stdio;
 mod storage;
+mod submount;
 mod ttrpc;
 mod turns;
 mod vsock;

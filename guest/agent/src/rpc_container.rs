@@ -16,6 +16,7 @@ use crate::pids::{self, ProcMount};
 use crate::rpc_process::refuse_raw_ports;
 use crate::settle::Stage;
 use crate::status::{Code, Context, Result, Status};
+use crate::submount::Submount;
 use crate::{devices, info, modprobe, native, spec};
 
 /// Source: kata agent protocol, "OCI spec as the agent wants it".
@@ -64,6 +65,7 @@ impl Agent {
         devices::resolve(&request.devices, &mut spec, self.config.hotplug_timeout).await?;
         let cgroup = Cgroup::of_container(&id);
         spec::adapt(&mut spec, &cgroup, &self.sandbox.borrow())?;
+        let root = spec.root.as_ref().map(|root| Submount::meet(&root.path)).transpose()?.flatten();
         let joins = self.pids_to_join(&spec, request.sandbox_pidns)?;
         if let Some(hooks) = &spec.hooks {
             native::check_hooks(hooks)?;
@@ -107,6 +109,7 @@ impl Agent {
             own_users: native::has_own_users(&spec),
             seccomp: spec.linux.and_then(|linux| linux.seccomp),
             rootfs: PathBuf::from(spec.root.unwrap_or_default().path),
+            root: RefCell::new(root),
             termination_log: spec::termination_log(&spec.mounts),
             started: false.into(),
             changing: Mutex::new(()),
@@ -167,6 +170,7 @@ impl Agent {
         let init = &container.init;
         native::delete(&container.cgroup, init.exit.get().is_none().then_some(init.pid)).await?;
         init.exit.wait().await;
+        drop(container.root.take());
         container.proc.release();
         self.containers.borrow_mut().remove(id);
         self.release_storages(&container.storages);

@@ -12,6 +12,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use crate::agent::Agent;
 use crate::pb::grpc::Storage;
 use crate::status::{Context, Result, Status};
+use crate::submount::{self, SHARE};
 use crate::{beneath, block, fs_group, hugepages, mount_options, overlay, warn, watchable};
 
 /// Handlers that `GetGuestDetails` names. Source: kata agent protocol, storage drivers.
@@ -27,9 +28,6 @@ pub const HANDLERS: [&str; 10] = [
     "virtio-fs",
     "watchable-bind",
 ];
-
-/// The host's files. Source: kata agent protocol, the `virtio-fs` storage's mount point.
-const SHARE: &str = "/run/kata-containers/shared/containers/";
 
 /// One mount point in use.
 pub struct Mounted {
@@ -129,13 +127,16 @@ impl Mounted {
         if !self.is_mount {
             return;
         }
+        if self.shared_source.is_some()
+            && let Ok(top) = beneath::open_plain(Path::new(target))
+        {
+            submount::settle(&top);
+        }
         if let Err(error) = umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             warn!("unmounting {target}: {error}");
         }
         if let Some(source) = self.shared_source {
-            // While the guest has it the host can't let it go. Nothing is mounted there if it was a
-            // file, or no mount of the host's.
-            let _ = umount2(source.as_str(), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+            submount::unmount(&source);
         }
         // A mount point inside the shared tree belongs to the host.
         let _ = fs::remove_dir(target);
