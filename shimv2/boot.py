@@ -462,8 +462,8 @@ def machine_spec(
         kernel=plan.kernel,
         initrd=plan.initrd,
         cmdline=(
-            # A guest whose kernel has failed must not linger: a process that it has stopped for ever
-            # would be waited for without end.
+            # A guest whose kernel has found a fault in itself must not linger: it stops the process
+            # that met it for ever, and who waits for that waits without end.
             f"oops=panic kata.ready_port={ready_port} kata.forward_port={FORWARD_PORT} "
             f"{plan.kernel_params}"
         ).strip(),
