@@ -70,6 +70,9 @@ class Acrn:
             unix_vsock=False,
             max_vcpus=acrn_check.MAX_VCPUS,
             memory_step_mib=acrn_argv.MEMORY_STEP_MIB,
+            # Without ports it is them that have to be set.
+            instead=acrn_check.INSTEAD if spec.hotplug_ports > 0 else "",
+            block_unplug=False,
         )
 
     def check(self, spec: MachineSpec) -> None:

@@ -20,7 +20,8 @@ MAX_VCPUS: Final = 16
 MIN_MEMORY_MIB: Final = 128
 CPUINFO: Final = Path("/proc/cpuinfo")
 FIX: Final = "install acrn-dm, or correct the hypervisor path"
-OTHER_VMM: Final = "use another VMM ([hypervisor.qemu])"
+INSTEAD: Final = "another VMM ([hypervisor.qemu])"
+OTHER_VMM: Final = f"use {INSTEAD}"
 
 
 def check(spec: MachineSpec) -> None:

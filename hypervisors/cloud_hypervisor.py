@@ -80,6 +80,7 @@ class CloudHypervisor:
         return Capabilities(
             shared_directory=True,
             block_hotplug=room,
+            block_unplug=room,
             net_hotplug=room,
             vcpu_hotplug=spec.max_vcpus > spec.vcpus,
             vcpu_unplug=True,

@@ -194,7 +194,8 @@ class Capabilities:
     """What a backend can do with one specification. A flag that is false is `Unsupported`.
 
     Of the vsock flags one at least is true; a caller takes the first of hybrid, kernel, unix.
-    `instead` is what an operator sets who needs what this machine never can.
+    `instead` is what an operator sets who needs what this machine never can. A disk that came while
+    it ran can be taken out of it, if `block_unplug`.
     """
 
     shared_directory: bool
@@ -211,3 +212,4 @@ class Capabilities:
     max_vcpus: int
     memory_step_mib: int
     instead: str = ""
+    block_unplug: bool = True

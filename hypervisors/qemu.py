@@ -65,6 +65,7 @@ class Qemu:
         return Capabilities(
             shared_directory=True,
             block_hotplug=ports,
+            block_unplug=ports,
             net_hotplug=ports,
             vcpu_hotplug=takes_devices and spec.max_vcpus > spec.vcpus,
             vcpu_unplug=takes_devices and spec.accelerator != "tcg" and accel.kvm_problem() is None,

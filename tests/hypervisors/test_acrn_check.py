@@ -131,9 +131,11 @@ def test_refusal_names_thing_value_and_fix(spec, changes, words):
 
 def test_capabilities_are_those_of_a_machine_that_keeps_what_it_has(spec):
     can = ACRN.capabilities(spec)
-    assert can.block_hotplug
+    assert (can.block_hotplug, can.block_unplug) == (True, False)
     assert can.kernel_vsock
     assert not any(
         (can.shared_directory, can.net_hotplug, can.vcpu_hotplug, can.memory_hotplug, can.pause)
     )
-    assert not ACRN.capabilities(replace(spec, hotplug_ports=0)).block_hotplug
+    assert can.instead == "another VMM ([hypervisor.qemu])"
+    without = ACRN.capabilities(replace(spec, hotplug_ports=0))
+    assert (without.block_hotplug, without.instead) == (False, "")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from hypervisors.errors import DetachRefused
 from hypervisors.isolation import machine_account
 from hypervisors.machine import (
     BlockDevice,
@@ -168,6 +169,10 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
             os.close(tap)
             await says(machine, f"nets=[ {mac} ]")
             await machine.detach("net")
+        if not can.block_unplug:
+            with pytest.raises(DetachRefused):
+                await machine.detach("disk")
+            return
         await machine.detach("disk")
         await says(machine, "STATE disks=[ ] nets=[ ]")
         assert sorted(machine.addresses) == ["rng"]

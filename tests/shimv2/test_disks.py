@@ -286,8 +286,10 @@ async def test_machine_that_nothing_can_be_plugged_into_is_refused_what_it_would
 ) -> None:
     made = config()
     grows = replace(made, runtime=replace(made.runtime, static_sandbox_resource_mgmt=False))
-    for configuration, text in (
+    microvm = 'machine_type = "q35"'
+    for instead, configuration, text in (
         (
+            microvm,
             config(shared_fs="none"),
             documented(
                 "… has no way to give a container its files: without a shared directory it needs "
@@ -295,15 +297,24 @@ async def test_machine_that_nothing_can_be_plugged_into_is_refused_what_it_would
             ),
         ),
         (
+            microvm,
             grows,
             documented(
                 "… gives this VM its size once, and with static_sandbox_resource_mgmt = false it "
                 'would have to grow; set that to true, or machine_type = "q35"'
             ),
         ),
+        (
+            "another VMM ([hypervisor.qemu])",
+            grows,
+            documented(
+                "… gives this VM its size once, and with static_sandbox_resource_mgmt = false it "
+                "would have to grow; set that to true, or another VMM ([hypervisor.qemu])"
+            ),
+        ),
     ):
         async with ShimBench(tmp_path / "a", configuration).running() as shim:
-            shim.hypervisor.instead = 'machine_type = "q35"'
+            shim.hypervisor.instead = instead
             assert text.search(str(await refusal(shim.create())))
             assert not shim.hypervisor.machines
 

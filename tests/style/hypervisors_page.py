@@ -27,7 +27,7 @@ BEGIN: Final = "<!-- table: made by tests/style/hypervisors_page.py -->"
 END: Final = "<!-- end of table -->"
 WORDS: Final = {
     "shared_directory": "directories by virtio-fs",
-    "block_hotplug": "disks come and go while it runs",
+    "block_hotplug": "disks come while it runs",
     "net_hotplug": "interfaces come and go while it runs",
     "vcpu_hotplug": "vCPUs come while it runs",
     "vcpu_unplug": "vCPUs go while it runs",
@@ -40,6 +40,7 @@ WORDS: Final = {
     "max_vcpus": "vCPUs at most",
     "memory_step_mib": "memory comes in steps of, MiB",
     "instead": "for what it can't, set",
+    "block_unplug": "disks go while it runs",
 }
 
 
