@@ -79,8 +79,12 @@ def test_node_that_is_not_done_in_time_is_ended_and_shows_its_console(
     assert "said to the kernel" in str(failed.value)
 
 
-def run_smoke(show: Callable[[bytes], None]) -> tuple[int, str]:
-    """Run the smoke set on a node of its own; return its status and what it said."""
+@pytest.mark.usefixtures("leaves_nothing")
+@pytest.mark.timeout(1800)
+def test_smoke_set_passes_with_kvm_kernel_vsock_vhost_net_and_cgroup_v2(
+    show: Callable[[bytes], None],
+) -> None:
+    faulthandler.cancel_dump_traceback_later()  # minutes are no hang here
     said = bytearray()
 
     def take(data: bytes) -> None:
@@ -89,24 +93,10 @@ def run_smoke(show: Callable[[bytes], None]) -> tuple[int, str]:
 
     show(b"\n")
     try:
-        status = run(suite.job(["qemu"], smoke=True), take)
+        status, end = run(suite.job(["qemu"], smoke=True), take), ""
     except NodeFailed as failure:
-        return 1, f"{said.decode(errors='replace')}\n{failure}"
-    return status, said.decode(errors="replace")
-
-
-@pytest.mark.usefixtures("leaves_nothing")
-@pytest.mark.timeout(2700)
-def test_smoke_set_passes_with_kvm_kernel_vsock_vhost_net_and_cgroup_v2(
-    show: Callable[[bytes], None],
-) -> None:
-    faulthandler.cancel_dump_traceback_later()  # minutes are no hang here
-    status, text = run_smoke(show)
-    if status != 0:
-        # A node beside much other work was seen to stand still in the middle of a test, for a
-        # reason that was not found; what fails on a second node as well is a defect.
-        show(b"\nthe set failed:\n" + text[-8000:].encode() + b"\nonce more on a new node:\n")
-        status, text = run_smoke(show)
+        status, end = 1, f"\n{failure}"
+    text = said.decode(errors="replace") + end
     if status != 0:
         _, found, failures = text.partition("= FAILURES =")
         pytest.fail("on the node:\n" + (failures if found else text[-8000:]), pytrace=False)
