@@ -50,6 +50,8 @@ EXIT_OUTPUT_GRACE_S: Final = 0.8
 KILL_DEADLINE_S: Final = 5.0
 LOGGERS_DEADLINE_S: Final = 12.0  # a logger's graces, and what lies in its pipes
 _SIGKILL: Final = 9
+# Agents send SIGKILL instead of a SIGTERM that an init has no handler for.
+_SIGNALS_THAT_END: Final = frozenset({_SIGKILL, 15})
 
 
 class Log(Protocol):
@@ -98,6 +100,7 @@ class Container:
         self.creation: trio.CancelScope | None = None
         self.kill_requested: int | None = None  # a signal that came while the VM booted
         self.has_oom = False
+        self._is_init_watched = False
         self._host = host
         self._exec_processes: dict[str, JsonObject] = {}
 
@@ -130,7 +133,7 @@ class Container:
         self.init.become(State.CREATED)
         if self._host.keeps_output:
             # From here on, so that a created init that is killed is seen to end.
-            self._host.start_job(self._watch, self.init, agent)
+            self._watch_init(agent)
 
     # --- Start ---
 
@@ -162,8 +165,12 @@ class Container:
         host.events.started(self, process)
         self._now_running(process)
         host.start_job(self._relay, process, relay)
-        if not host.keeps_output:
-            host.start_job(self._watch, process, agent)
+        self._watch_init(agent)
+
+    def _watch_init(self, agent: AgentClient) -> None:
+        if not self._is_init_watched:
+            self._is_init_watched = True
+            self._host.start_job(self._watch, self.init, agent)
 
     async def _start_exec(self, process: ContainerProcess) -> None:
         host, agent = self._host, self._host.agent
@@ -291,6 +298,9 @@ class Container:
                         await self._signal(other, other.wire_id, signal)
         # An empty id reaches, with SIGKILL, every process of the container.
         await self._signal(process, "", signal)
+        if process.state is State.CREATED and signal in _SIGNALS_THAT_END:
+            # It ends without having been started, which is when it would have been watched.
+            self._watch_init(self._host.agent)
 
     async def _signal(self, process: ContainerProcess, wire_id: str, signal: int) -> None:
         agent = self._host.agent

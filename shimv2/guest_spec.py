@@ -37,6 +37,11 @@ _KEPT_NAMESPACES: Final = frozenset({"ipc", "uts", "mount", "user", "cgroup"})
 _GUEST_DEVICES: Final = frozenset(
     {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)}
 )
+# What every container gets unasked. Source: OCI runtime-spec config-linux.md "Default Devices".
+_DEFAULT_DEVICES: Final = {
+    "/dev/null": (1, 3), "/dev/zero": (1, 5), "/dev/full": (1, 7), "/dev/random": (1, 8),
+    "/dev/urandom": (1, 9), "/dev/tty": (5, 0),
+}  # fmt: skip
 _TYPE_ANNOTATION: Final = "io.katacontainers.pkg.oci.container_type"
 _AGENT_KINDS: Final = {
     ContainerKind.SINGLE: "single_container",
@@ -376,6 +381,8 @@ def _guest_devices(linux: JsonObject) -> list[JsonObject]:
     for device in linux.get("devices") or []:
         number = (device.get("major"), device.get("minor"))
         is_guests = device.get("type") in ("c", "u") and number in _GUEST_DEVICES
+        if is_guests and _is_default(device):
+            continue  # Kata's agent makes its own first, and stumbles over a second
         # The agent puts in the guest's numbers of a disk.
         if is_guests or _disk_access(device, linux) is not None:
             kept.append(device)
@@ -385,6 +392,13 @@ def _guest_devices(linux: JsonObject) -> list[JsonObject]:
                 "the host's and cannot be given to a VM; remove it"
             )
     return kept
+
+
+def _is_default(device: JsonObject) -> bool:
+    number = (device.get("major"), device.get("minor"))
+    is_roots = not device.get("uid") and not device.get("gid")
+    has_usual_mode = (device.get("fileMode") or 0o666) & 0o7777 == 0o666
+    return _DEFAULT_DEVICES.get(device.get("path", "")) == number and is_roots and has_usual_mode
 
 
 def _allows_all_devices(resources: JsonObject) -> bool:

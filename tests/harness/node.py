@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from tests.harness import oci_image, pod_network, registry, vmm
+from tests.harness import foreign_agent, oci_image, pod_network, registry, vmm
 from tests.harness.configuration import CONFIGURATION, configurations
 from tests.harness.containerd_daemon import ADDRESS, ContainerdDaemon, ContainerdVersion, tool_cache
 from tests.harness.patience import patient, read_line
@@ -278,6 +278,10 @@ class Node:
     def _configure_shim(self) -> None:
         for name, text in configurations(BUILD / "etc").items():
             self.write(f"{CONFIGURATION.rpartition('/')[0]}/{name}", text)
+        if agent := foreign_agent.find_agent():
+            settings = foreign_agent.write_image(self, BUILD / "guest", agent)
+            drop_in = f"{CONFIGURATION.rpartition('/')[0]}/config.d/10-agent.toml"
+            self.write(drop_in, f"[hypervisor.{vmm.NAME}]\n{settings}")
 
     def import_images(self, *namespaces: str) -> None:
         """Import the tests' busybox and pause image into namespaces of containerd."""

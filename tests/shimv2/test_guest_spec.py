@@ -181,6 +181,13 @@ def test_devices_that_every_linux_has_are_kept_and_others_refused() -> None:
         made(spec(linux={"devices": [loop]}))
 
 
+def test_devices_that_every_container_has_are_left_out_unless_they_differ() -> None:
+    null = {"path": "/dev/null", "type": "c", "major": 1, "minor": 3, "fileMode": 0o666, "uid": 0}
+    assert not made(spec(linux={"devices": [null]})).Linux.Devices
+    for other in ({"path": "/dev/nil"}, {"fileMode": 0o600}, {"gid": 5}, {"minor": 5}):
+        assert made(spec(linux={"devices": [null | other]})).Linux.Devices
+
+
 def disk_rule(access: str, *, allow: bool = True) -> dict[str, Any]:
     return {"allow": allow, "type": "b", "major": 8, "minor": 0, "access": access}
 

@@ -269,7 +269,7 @@ def test_only_an_empty_dir_is_writable_for_who_asked_for_reading(
         bench.bundle(bind(empty_dir, "/e", "ro"), bind(config_map, "/c", "ro")), []
     )
     assert [call[3] for call in bench.calls.calls[-2:]] == [False, True]
-    assert [storage.driver for storage in paths.storages] == ["bind", "watchable-bind"]
+    assert [storage.driver for storage in paths.storages] == ["virtio-fs", "watchable-bind"]
 
 
 def test_the_operators_mounts_are_in_the_share_before_any_container(

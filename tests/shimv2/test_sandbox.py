@@ -375,6 +375,19 @@ async def test_an_agent_without_reports_is_dialled(tmp_path: Path) -> None:
         assert (await shim.wait()).exit_status == 4
 
 
+@pytest.mark.parametrize("reports", [True, False])
+async def test_created_container_that_is_killed_ends_under_any_agent(
+    tmp_path: Path, reports: bool
+) -> None:
+    config = RuntimeConfig(agent=AgentConfig(readiness="push" if reports else "dial"))
+    async with ShimBench(tmp_path, config).running() as shim:
+        shim.agent_reports = reports
+        shim.agent.program(SLEEP)
+        await shim.create()
+        await shim.kill()
+        assert (await shim.wait()).exit_status == 137
+
+
 async def test_a_pod_gets_one_shm_and_its_resolv_conf(tmp_path: Path) -> None:
     resolv = tmp_path / "resolv.conf"
     resolv.write_text("nameserver 10.0.0.1\nsearch a.b\n")

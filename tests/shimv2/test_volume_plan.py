@@ -112,7 +112,7 @@ def test_a_subpath_of_a_memory_volume_lies_in_the_guests() -> None:
     assert (memory.mount_point, list(memory.options)) == (EPHEMERAL, ["mode=0777", "size=1k"])
     assert (local.driver, local.mount_point) == ("local", f"{EPHEMERAL}/a/b%")
     assert list(local.options) == ["mode=0750", "fsgid=2000"]
-    assert (bound.driver, bound.source) == ("bind", local.mount_point)
+    assert (bound.driver, bound.source) == ("virtio-fs", local.mount_point)
     assert str(made.path) == bound.mount_point
     assert made.path.name == "cache:a%2Fb%25"
 
