@@ -146,8 +146,7 @@ def load_config(
 def _hypervisor(settings: config_schema.Settings) -> HypervisorConfig:
     given = dict(settings.of("hypervisor"))
     name = given["name"] = canonical_name(str(given.get("name", HypervisorConfig().name)))
-    if name in DEFAULT_PROGRAMS:
-        given.setdefault("path", Path(DEFAULT_PROGRAMS[name]))
+    given.setdefault("path", Path(DEFAULT_PROGRAMS.get(name, f"/usr/bin/{name}")))
     return replace(HypervisorConfig(), **given)
 
 

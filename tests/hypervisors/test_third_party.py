@@ -82,7 +82,9 @@ def test_toy_passes_the_contract_suite_as_it_is(toy: Distribution) -> None:
 def test_one_line_of_configuration_chooses_it(imported: Distribution, tmp_path: Path) -> None:
     file = tmp_path / "configuration.toml"
     file.write_text("[hypervisor.toy]\n")
-    machinery = _real_machinery(load_config(file))
+    config = load_config(file)
+    assert config.hypervisor.path == Path("/usr/bin/toy")
+    machinery = _real_machinery(config)
     assert machinery.hypervisor.name == "toy"
     assert type(machinery.hypervisor).__module__ == "toy_hypervisor"
 
