@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final, Literal
 
-from .errors import PreconditionFailed
+from .errors import PreconditionFailed, Unsupported
 
 KVM_DEVICE: Final = Path("/dev/kvm")
 ACRN_DEVICE: Final = Path("/dev/acrn_hsm")
@@ -83,6 +83,30 @@ def acrn_problem(device: Path = ACRN_DEVICE) -> str | None:
     except OSError as error:
         return f"{device} does not open: {error.strerror}"
     return None
+
+
+def require_kvm(backend: str, title: str, wanted: str) -> None:
+    """Refuse a machine of a VMM that runs guests on KVM only.
+
+    Raises:
+        Unsupported: another accelerator was asked for.
+        PreconditionFailed: KVM does not work here.
+    """
+    if wanted == "tcg":
+        raise Unsupported(
+            backend,
+            "emulate a processor",
+            "it runs guests on KVM only",
+            'set accelerator to "auto", or use QEMU ([hypervisor.qemu])',
+        )
+    problem = kvm_problem()
+    if problem is not None:
+        raise PreconditionFailed(
+            f"KVM, without which {title} runs nothing",
+            path=None,
+            why=problem,
+            fix="load kvm_intel or kvm_amd, or use QEMU, which emulates ([hypervisor.qemu])",
+        )
 
 
 def kernel_vsock_usable(device: Path = VHOST_VSOCK_DEVICE) -> bool:

@@ -97,7 +97,7 @@ class CloudHypervisor:
     def check(self, spec: MachineSpec) -> None:
         """See `Hypervisor.check`."""
         spec_check.check_program("Cloud Hypervisor", spec.binary, FIX)
-        self._check_accelerator(spec)
+        accel.require_kvm(self.name, "Cloud Hypervisor", spec.accelerator)
         self._check_layout(spec)
         spec_check.check_values(spec, clh_config.kernel_cmdline(spec))
         spec_check.check_kernel(spec.kernel)
@@ -154,23 +154,6 @@ class CloudHypervisor:
             _publish(spec, directory)
             machine.keep(undo.pop_all())
             return machine
-
-    def _check_accelerator(self, spec: MachineSpec) -> None:
-        if spec.accelerator == "tcg":
-            raise Unsupported(
-                self.name,
-                "emulate a processor",
-                "it runs guests on KVM only",
-                'set accelerator to "auto", or use QEMU ([hypervisor.qemu])',
-            )
-        problem = accel.kvm_problem()
-        if problem is not None:
-            raise PreconditionFailed(
-                "KVM, without which Cloud Hypervisor runs nothing",
-                path=None,
-                why=problem,
-                fix="load kvm_intel or kvm_amd, or use QEMU, which emulates ([hypervisor.qemu])",
-            )
 
     def _check_layout(self, spec: MachineSpec) -> None:
         def refuse(operation: str, why: str, hint: str) -> None:

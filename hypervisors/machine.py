@@ -193,6 +193,9 @@ class VmEvent:
 class Capabilities:
     """What a backend can do with one specification. A flag that is false is `Unsupported`.
 
+    `panic_event`: a guest's panic is told from its reboot; `power_off`: a guest that switches
+    itself off ends its VMM.
+
     Of the vsock flags one at least is true; a caller takes the first of hybrid, kernel, unix.
     `instead` is what an operator sets who needs what this machine never can. A disk that came while
     it ran can be taken out of it, if `block_unplug`.
@@ -211,5 +214,6 @@ class Capabilities:
     unix_vsock: bool
     max_vcpus: int
     memory_step_mib: int
+    power_off: bool = True
     instead: str = ""
     block_unplug: bool = True

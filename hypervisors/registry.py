@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 # An entry point of this group names a callable without arguments that returns a `Hypervisor`.
 ENTRY_POINT_GROUP: Final = "kata.hypervisors"
-BUILT_IN: Final = ("acrn", "cloud-hypervisor", "qemu")
+BUILT_IN: Final = ("acrn", "cloud-hypervisor", "firecracker", "qemu")
 # How Kata's configuration files call them.
-ALIASES: Final = {"clh": "cloud-hypervisor"}
+ALIASES: Final = {"clh": "cloud-hypervisor", "fc": "firecracker"}
 # Where their programs are by default.
 DEFAULT_PROGRAMS: Final = {
     "acrn": "/usr/bin/acrn-dm",
     "cloud-hypervisor": "/usr/bin/cloud-hypervisor",
+    "firecracker": "/usr/bin/firecracker",
     "qemu": "/usr/bin/qemu-system-x86_64",
 }
 
@@ -48,6 +49,10 @@ def find_hypervisor(name: str) -> Hypervisor:
         from .cloud_hypervisor import CloudHypervisor
 
         return CloudHypervisor()
+    if name == "firecracker":
+        from .firecracker import Firecracker
+
+        return Firecracker()
     offered = _offered()
     if name in offered:
         backend: Hypervisor = offered[name].load()()

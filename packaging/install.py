@@ -39,7 +39,7 @@ OTHERS: Final = Path("/opt/kata-shimv2")
 VIRTIOFSD_PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 # What a runtime's name may add (io.containerd.kata-clh.v2, as Kata's links are called), each with a
 # configuration of its own; the first is what the plain name means.
-VARIANTS: Final = ("qemu", "microvm", "acrn", "clh")
+VARIANTS: Final = ("qemu", "microvm", "acrn", "clh", "fc")
 PLACEHOLDER: Final = re.compile(r"@([A-Z_]+)@")
 
 
@@ -65,6 +65,7 @@ class Layout:
             "CONFIGURATION": str(self.configuration),
             "ACRN": _program("acrn-dm", "/usr/bin/acrn-dm"),
             "CLOUD_HYPERVISOR": _program("cloud-hypervisor", "/usr/bin/cloud-hypervisor"),
+            "FIRECRACKER": _program("firecracker", "/usr/bin/firecracker"),
             "QEMU": _program("qemu-system-x86_64", "/usr/bin/qemu-system-x86_64"),
             "VIRTIOFSD": next(filter(os.path.exists, VIRTIOFSD_PLACES), VIRTIOFSD_PLACES[-1]),
             "VSOCK_DEVICE": str(self.vsock_device),

@@ -176,6 +176,13 @@ WITHOUT_EFFECT_ON: dict[str, dict[str, str]] = {
         "vsock_daemon": "Cloud Hypervisor has a vsock device of its own",
         "disable_vhost_net": "Cloud Hypervisor moves packets itself",
     },
+    "firecracker": {
+        "machine_type": "Firecracker has one type of machine",
+        "vsock_daemon": "Firecracker has a vsock device of its own",
+        "disable_vhost_net": "Firecracker moves packets itself",
+        "virtio_fs_daemon": "Firecracker has no shared file system",
+        "virtio_fs_cache": "Firecracker has no shared file system",
+    },
 }
 """VMM -> what changes nothing with it, as in WITHOUT_EFFECT; fields of [hypervisor]."""
 
@@ -204,7 +211,7 @@ IDLE: dict[str, frozenset[str]] = {
         net_rate_limiter_ops_max_rate net_rate_limiter_ops_one_time_burst guest_hook_path
         guest_memory_dump_path guest_memory_dump_paging disable_selinux disable_guest_selinux
         selinux_label use_legacy_serial prefetch_list_path default_gpus default_gpu_model
-        enable_template tdx_quote_generation_service_socket_port
+        enable_template tdx_quote_generation_service_socket_port jailer_path valid_jailer_paths
     """),
     "agent": _words("""
         dial_timeout_ms cdh_api_timeout cdh_api_timeout_ms passfd_listener_port

@@ -72,3 +72,8 @@ def make_tap_elsewhere():
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
     os.waitpid(pid, 0)
     return fds[0]
+
+
+def namespace_of(tap):
+    """A descriptor of the network namespace that a tap is in. Source: linux/if_tun.h."""
+    return fcntl.ioctl(tap, 0x54E3)

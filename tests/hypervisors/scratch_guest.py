@@ -34,13 +34,13 @@ export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 while read module; do insmod $module || echo "NO-MODULE $module"; done < /etc/modules
 mount -t virtiofs kataShared /mnt 2>/dev/null && echo "SHARE $(cat /mnt/hello)"
-grep -l 0x0013 /sys/bus/virtio/devices/*/device && echo "VSOCK 1af4:1053"
+grep -l 0x0013 /sys/bus/virtio/devices/*/device && echo "VSOCK virtio:19"
 echo GUEST-READY
 for word in $(cat /proc/cmdline); do
   case $word in
     scenario=poweroff) poweroff -f;;
     scenario=reboot) reboot -f;;
-    scenario=flood) head -c 60000 /dev/urandom; poweroff -f;;
+    scenario=flood) head -c 60000 /dev/urandom; reboot -f;;
     scenario=panic) echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger;;
   esac
 done
@@ -52,7 +52,7 @@ while :; do
     [ -e $block ] && [ "$(cat $block)" = offline ] && echo online > $block
   done
   disks=; for d in /sys/block/vd*; do
-    [ -e $d ] && [ "$(cat $d/size)" != 0 ] && disks="$disks $(readlink $d)"
+    [ -e $d ] && [ "$(cat $d/size)" -gt 1 ] && disks="$disks $(readlink $d)"
   done
   nets=; for n in /sys/class/net/eth*; do [ -e $n ] && nets="$nets $(cat $n/address)"; done
   cpus=$(grep -c ^processor /proc/cpuinfo)

@@ -28,7 +28,7 @@ from hypervisors.errors import (
 )
 from hypervisors.machine import BlockDevice, ExitKind, Rng, SharedDirectory, VmEventKind
 from hypervisors.registry import find_hypervisor
-from tests.fakes import fake_acrn, fake_clh
+from tests.fakes import fake_acrn, fake_clh, fake_fc
 from tests.harness import vmm
 from tests.harness.own_process import open_descriptors
 
@@ -36,7 +36,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.root, pytest.mark.smoke]
 
 
 # Those that need what a machine may lack are also tested with a program that only talks like them.
-SCRIPTED = {"acrn": fake_acrn.write_program, "cloud-hypervisor": fake_clh.write_program}
+SCRIPTED = {
+    "acrn": fake_acrn.write_program,
+    "cloud-hypervisor": fake_clh.write_program,
+    "firecracker": fake_fc.write_program,
+}
 # Those that want another kernel than the guest's.
 KERNELS = {"acrn": fake_acrn.write_kernel}
 

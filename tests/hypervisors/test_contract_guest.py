@@ -43,6 +43,7 @@ from .machines import (
     all_events,
     find,
     make_tap_elsewhere,
+    namespace_of,
     processes_naming,
     says,
 )
@@ -89,6 +90,8 @@ def running(spec, records, backend):
 )
 async def test_ends_chosen_by_the_guest_are_told_apart(backend, make_spec, records, scenario, kind):
     spec = make_spec(scenario)
+    if scenario == "poweroff" and not backend.capabilities(spec).power_off:
+        pytest.skip(f"{backend.name} does not learn that its guest has switched itself off")
     tells_panic = backend.capabilities(spec).panic_event
     async with running(spec, records, backend) as machine:
         with trio.fail_after(BOOT_DEADLINE_S):
@@ -117,7 +120,7 @@ async def test_killed_vmm_is_reported_within_a_second_and_owns_nothing(backend, 
         if account is not None:
             assert "CapEff:\t0000000000000000" in status
             assert {int(word) for word in find(status, "Uid:")} == {account.uid}
-            assert tuple(map(int, find(status, "Groups:"))) == account.groups
+            assert set(map(int, find(status, "Groups:"))) <= set(account.groups)
         for name in ("net", "ipc", "uts", "mnt"):
             assert os.readlink(f"/proc/{machine.pid}/ns/{name}") != os.readlink(
                 f"/proc/self/ns/{name}"
@@ -135,7 +138,7 @@ async def test_console_flood_is_bounded_and_printable(backend, make_spec, record
         with trio.fail_after(BOOT_DEADLINE_S):
             ending = await machine.wait_exited()
     assert ending.kind in ENDED_BY_GUEST
-    # `poweroff -f` loses what the guest still holds for its UART.
+    # `reboot -f` loses what the guest still holds for its UART.
     assert machine.console.total_bytes > 50_000
     tail = machine.console.tail(100_000)
     assert sum(map(len, tail)) <= 4 * (16384 + 4096)  # one byte is up to 4 characters escaped
@@ -176,9 +179,12 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
         await machine.detach("disk")
         await says(machine, "STATE disks=[ ] nets=[ ]")
         assert sorted(machine.addresses) == ["rng"]
-        # The freed place and the freed names serve again.
+        # Freed places and freed names serve again.
+        for _ in range(spec.hotplug_ports):
+            await machine.attach(BlockDevice(id="disk", path=disk, read_only=True))
+            await machine.detach("disk")
         again = await machine.attach(BlockDevice(id="disk", path=disk, read_only=False))
-        assert again == first
+        await says(machine, _disk_at(again))
         machine.kill()
     removed = [event for event in await all_events(machine) if "REMOVED" in event.kind.name]
     assert len(removed) >= 1 + can.net_hotplug
@@ -275,13 +281,15 @@ async def test_cold_devices_are_where_it_says_and_it_outlives_its_daemons(
         NetDevice(id="n0", mac=mac, tap_fds=(tap,), mtu=1500),
     )
     async with daemons(can, tmp_path, virtiofsd, records) as beside:
-        spec = make_spec(devices=(*beside.devices, *own))
+        namespace = namespace_of(tap)
+        spec = make_spec(devices=(*beside.devices, *own), network_namespace=namespace)
         async with running(spec, records, backend) as machine:
+            os.close(namespace)
             os.close(tap)
             assert sorted(machine.addresses) == sorted(device.id for device in spec.devices)
             await says(machine, _disk_at(machine.addresses["d0"]))
             await says(machine, f"nets=[ {mac} ]")
-            await says(machine, "VSOCK 1af4:1053")
+            await says(machine, "VSOCK virtio:19")
             if can.shared_directory:
                 await says(machine, "SHARE from the host")
             if can.hybrid_vsock:

@@ -137,7 +137,11 @@ def test_client_that_gives_up_while_the_vm_boots_leaves_nothing(node: Node, ctr:
 
 @pytest.mark.parametrize(
     ("key", "word"),
-    [pytest.param("c", "panic", marks=pytest.mark.smoke), ("b", "re"), ("o", "power")],
+    [
+        pytest.param("c", "panic", marks=pytest.mark.smoke),
+        ("b", "re"),
+        pytest.param("o", "power", marks=pytest.mark.needs("power_off")),
+    ],
     ids=["panic", "reboot", "poweroff"],
 )
 def test_guest_that_ends_itself_means_137_and_says_how(

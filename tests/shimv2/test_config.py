@@ -209,7 +209,10 @@ def shipped(name: str) -> str:
     return (ROOT / "packaging" / f"{name}.toml.in").read_text()
 
 
-@pytest.mark.parametrize(("vmm", "backend"), [("qemu", "qemu"), ("clh", "cloud-hypervisor")])
+SHIPPED = [("qemu", "qemu"), ("clh", "cloud-hypervisor"), ("fc", "firecracker")]
+
+
+@pytest.mark.parametrize(("vmm", "backend"), SHIPPED)
 def test_the_shipped_template_is_valid_and_says_the_defaults(write, vmm, backend):
     text = shipped("configuration").replace("@HYPERVISOR@", shipped(f"hypervisor-{vmm}"))
     filled = re.sub(r"@[A-Z_]+@", "/usr/bin/x", text)

@@ -39,6 +39,7 @@ WORDS: Final = {
     "unix_vsock": "vsock of a daemon",
     "max_vcpus": "vCPUs at most",
     "memory_step_mib": "memory comes in steps of, MiB",
+    "power_off": "ends when its guest switches itself off",
     "instead": "for what it can't, set",
     "block_unplug": "disks go while it runs",
 }

@@ -26,7 +26,8 @@ ALLOWED: Final = {
 PURE_MODULES: Final = {
     "agent_proto/hybrid_vsock", "hypervisors/acrn_argv", "hypervisors/acrn_exit",
     "hypervisors/acrn_messages", "hypervisors/bounded_json", "hypervisors/clh_config",
-    "hypervisors/clh_events", "hypervisors/machine",
+    "hypervisors/clh_events", "hypervisors/fc_config", "hypervisors/fc_exit",
+    "hypervisors/machine",
     "hypervisors/qemu_argv",
     "hypervisors/qmp_protocol", "netns/model", "netns/plan", "shimv2/guest_network",
     "shimv2/guest_spec", "shimv2/lifecycle", "ttrpc/connection", "ttrpc/errors", "ttrpc/events",

@@ -18,6 +18,9 @@ use crate::pb::grpc::Storage;
 use crate::status::{Code, Context, Result, Status};
 
 const PCI_ROOT: &str = "/sys/devices/pci0000:00";
+/// What Firecracker's slots show while they are empty. The kernel tells of the change to a disk's
+/// size by an uevent, unless it was 0. Source: Linux v6.1, block/genhd.c set_capacity_and_notify.
+const EMPTY_SLOT_SECTORS: u64 = 1;
 const SCSI_DEVICES: &str = "/sys/class/scsi_device";
 
 /// The node in /dev of a `blk`, `scsi` or `mmioblk` storage.
@@ -65,8 +68,18 @@ pub async fn by_node(node: &str, timeout: Duration) -> Result<String> {
     if !plain {
         return Err(Status::invalid(format!("{node:?} is not a device node")));
     }
-    let look = || Path::new(node).exists().then(|| node.to_owned());
+    let look = || (Path::new(node).exists() && is_filled(node)).then(|| node.to_owned());
     wait_for(node, timeout, look).await
+}
+
+/// Whether a disk is in a slot that may have been there, empty, since the machine's start. What is
+/// no disk has no size and counts as filled.
+fn is_filled(node: &str) -> bool {
+    let name = node.trim_start_matches("/dev/");
+    match fs::read_to_string(format!("/sys/class/block/{name}/size")) {
+        Ok(sectors) => sectors.trim().parse::<u64>().map_or(true, |n| n > EMPTY_SLOT_SECTORS),
+        Err(_) => true,
+    }
 }
 
 fn rescan_scsi(target: u32, lun: u32) {
