@@ -54,6 +54,7 @@ class Firecracker:
         return Capabilities(
             shared_directory=False,
             block_hotplug=spec.hotplug_ports > 0,
+            block_unplug=spec.hotplug_ports > 0,
             net_hotplug=False,
             vcpu_hotplug=False,
             vcpu_unplug=False,
@@ -66,6 +67,8 @@ class Firecracker:
             max_vcpus=fc_config.MAX_VCPUS,
             memory_step_mib=1,
             power_off=False,
+            # Without slots it is the number of slots that an operator has to set.
+            instead="another VMM ([hypervisor.qemu])" if spec.hotplug_ports > 0 else "",
         )
 
     def check(self, spec: MachineSpec) -> None:

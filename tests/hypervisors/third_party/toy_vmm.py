@@ -63,7 +63,7 @@ class Machine:
     def play(self) -> None:
         """Boot, and do what the scenario says."""
         if self.listener is not None:
-            say("VSOCK 1af4:1053")
+            say("VSOCK virtio:19")
         say("GUEST-READY")
         scenario = self.options.get("scenario")
         if scenario == "flood":
