@@ -206,8 +206,7 @@ async def test_vmm_that_cannot_be_used_is_told_with_its_own_words(
 async def test_vmm_that_never_answers_is_given_up(make_spec, monkeypatch, scenario):
     monkeypatch.setattr(fc_start, "LAUNCH_DEADLINE_S", 2)
     text = await refused(make_spec(scenario))
-    assert text.startswith("firecracker gave no answer within 2 s before it was ready: ")
-    assert "Running Firecracker v1.16.1" in text
+    assert text.startswith("firecracker gave no answer within 2 s before it was ready")
 
 
 async def test_log_and_metrics_that_nobody_can_read_cost_nothing(make_spec):
