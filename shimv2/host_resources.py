@@ -332,13 +332,13 @@ class HostResources:
         await self.cgroup.emptied()
         if self._hooks is not None:
             await self._hooks.release_holder()
-        self._is_given_back = True
         if self._files is not None:
             self._files.close()
-        if self._journal is None:
-            return
-        for problem in await undo_live(self._journal):
-            self._log.warning("cleanup", problem=problem)
+        if self._journal is not None:
+            for problem in await undo_live(self._journal):
+                self._log.warning("cleanup", problem=problem)
+        # Not before: hooks that end meanwhile would close the journal under the undoing.
+        self._is_given_back = True
         self._close_journal()
 
     def forget(self) -> None:

@@ -11,10 +11,11 @@ import pytest
 import trio
 import trio.testing
 
-from shimv2 import host_process
+from shimv2 import host_process, host_resources
 from shimv2.journal import Journal
 from shimv2.live_undo import undo_live
 from shimv2.undo import KILL_DEADLINE_S
+from tests.shimv2.shim_bench import ShimBench
 
 
 def opened(directory: Path) -> Journal:
@@ -89,3 +90,30 @@ async def test_undo_that_fails_does_not_stop_the_others(
     (problem,) = await undo_live(book)
     assert "not allowed" in problem
     assert not (tmp_path / "f").exists()
+
+
+async def test_hooks_that_end_while_all_is_given_back_leave_the_journal_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoHooks:
+        async def stopped(self, container_id: str) -> None:
+            pass
+
+        async def release_holder(self) -> None:
+            pass
+
+    bench = ShimBench(tmp_path)
+    state, host = bench.state_dir, bench.service._sandbox._host
+    state.create()
+    host._journal = book = opened(state.directory)
+    host._hooks = NoHooks()  # type: ignore[assignment]
+    book.take("file", path=str(state.directory / "f"))
+
+    async def undo_slowly(journal: Journal) -> list[str]:
+        await host.run_poststop("c1")
+        return await undo_live(journal)
+
+    monkeypatch.setattr(host_resources, "undo_live", undo_slowly)
+    await host.give_back()
+    assert book.held == ()
+    assert not state.exists()
