@@ -120,12 +120,14 @@ class SupervisedMachine(Generic[DevicesT]):
 
     async def aclose(self) -> None:
         """See `VirtualMachine.aclose`. Idempotent; sets the exit when nothing else did."""
-        await self._release()
-        if self.exit is not None or self._child.exit is None:
-            return
-        self.exit = self._judge(self._child.exit)
-        self._exited.set()
-        self._events.end(self.exit.reason)
+        try:
+            await self._release()
+        finally:
+            # Whatever could not be released: those who wait for the exit must have it.
+            if self.exit is None and self._child.exit is not None:
+                self.exit = self._judge(self._child.exit)
+                self._exited.set()
+                self._events.end(self.exit.reason)
 
     async def attach(self, device: Device) -> GuestAddress:
         """See `VirtualMachine.attach`."""
@@ -167,5 +169,5 @@ class SupervisedMachine(Generic[DevicesT]):
         raise NotImplementedError
 
     def _judge(self, ending: ChildExit) -> VmExit:
-        """Join the process's end and what was seen before into the one exit."""
+        """Join the process's end and what was seen before into the one exit. Never raises."""
         raise NotImplementedError
