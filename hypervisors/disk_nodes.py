@@ -1,8 +1,12 @@
 """Disks for a VMM that opens them by path, and may open nothing of the host's.
 
-A disk gets a device node in a directory of the VMM's user's own; an image file becomes a loop
+A disk gets a device node in a directory that the VMM's user may pass; an image file becomes a loop
 device first. The directory is a file system of its own, because nodes mean nothing where the host's
 /run lies. A node exists only while the VMM opens it.
+
+Directory and nodes stay root's, and are reached by a descriptor: a VMM that its guest has taken
+over may own what is around them. It can neither put a link in a node's place, which would be given
+to it whatever it leads to, nor keep a node, nor open one for writing that it was shown to read.
 
 The VMM's own lock on a disk would be on that node: what keeps other machines away is the lease.
 """
@@ -41,33 +45,57 @@ _LOOP_CONFIG: Final = struct.Struct("=II 5Q 4I 64s 64s 32s 2Q 8Q")
 # Another program may take the free device first.
 _LOOP_ATTEMPTS: Final = 8
 _NODES: Final = 64
+# The VMM's group may look a node up, nothing else.
+_MODE: Final = 0o710
 
 
 class DiskNodes:
-    """The nodes of one VMM, below a directory that is its user's."""
+    """The nodes of one VMM; `mount` or `make` their directory before the VMM runs."""
 
     def __init__(self, directory: Path, account: Account | None) -> None:
         self._directory = directory
         self._account = account
+        self._fd = -1
 
     def mount(self) -> None:
-        """Make the directory. Needs root; undone by `unmount`. Raises OSError."""
+        """Make the directory, a file system of its own. Undone by `unmount`. Raises OSError."""
         os.mkdir(self._directory, 0o700)
-        owner = self._account
-        options = f"mode=0700,size=64k,nr_inodes={_NODES}"
-        if owner is not None:
-            options += f",uid={owner.uid},gid={owner.gid}"
+        options = f"mode={_MODE:o},size=64k,nr_inodes={_NODES}"
         libc = ctypes.CDLL(None, use_errno=True)
         target = os.fsencode(self._directory)
         flags = ctypes.c_ulong(_MS_NOSUID | _MS_NOEXEC)
         if libc.mount(b"disks", target, b"tmpfs", flags, options.encode()) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(self._directory))
+        try:
+            self._open()
+        except OSError:
+            self.unmount()
+            raise
+
+    def make(self) -> None:
+        """Make the directory where nodes mean something. Undone by `close`. Raises OSError."""
+        os.mkdir(self._directory, 0o700)
+        self._open()
 
     def unmount(self) -> None:
         """Undo `mount`; what is not mounted is left as it is."""
+        self.close()
         libc = ctypes.CDLL(None, use_errno=True)
         libc.umount2(os.fsencode(self._directory), _MNT_DETACH | _UMOUNT_NOFOLLOW)
+
+    def close(self) -> None:
+        """Let go of the directory. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _open(self) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(self._directory, flags)
+        os.fchmod(self._fd, _MODE)
+        if self._account is not None:
+            os.fchown(self._fd, -1, self._account.gid)
 
     @contextlib.contextmanager
     def exposed(self, device: BlockDevice, lease: Lease) -> Iterator[str]:
@@ -81,12 +109,11 @@ class DiskNodes:
             number = status.st_rdev
             if not stat.S_ISBLK(status.st_mode):
                 number = stack.enter_context(_loop_device(device, lease.fd))
-            node = self._directory / device.id
-            mode = 0o400 if device.read_only else 0o600
-            os.mknod(node, stat.S_IFBLK | mode, number)
-            stack.callback(os.unlink, node)
+            os.mknod(device.id, stat.S_IFBLK | 0o400, number, dir_fd=self._fd)
+            stack.callback(os.unlink, device.id, dir_fd=self._fd)
             if self._account is not None:
-                os.chown(node, self._account.uid, self._account.gid)
+                os.chown(device.id, -1, self._account.gid, dir_fd=self._fd, follow_symlinks=False)
+            os.chmod(device.id, 0o440 if device.read_only else 0o660, dir_fd=self._fd)
             yield device.id
 
 

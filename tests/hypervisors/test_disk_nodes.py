@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def loops_of(path):
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-def test_image_is_a_node_of_the_vmms_user_for_as_long_as_it_is_shown(
+def test_image_is_a_node_that_the_vmms_user_can_open_for_as_long_as_it_is_shown(
     nodes, image, tmp_path, read_only
 ):
     device = BlockDevice(id="d0", path=image, read_only=read_only)
@@ -55,8 +56,11 @@ def test_image_is_a_node_of_the_vmms_user_for_as_long_as_it_is_shown(
     with nodes.exposed(device, leased) as name:
         node = tmp_path / "disks" / name
         status = os.stat(node)
-        assert (status.st_uid, status.st_gid) == (ACCOUNT.uid, ACCOUNT.gid)
-        assert status.st_mode & 0o777 == (0o400 if read_only else 0o600)
+        assert (status.st_uid, status.st_gid) == (0, ACCOUNT.gid)
+        assert status.st_mode & 0o777 == (0o440 if read_only else 0o660)
+        reading, writing = run_as_the_vmm(tmp_path, f": <disks/{name}", f": >>disks/{name}")
+        assert reading == 0
+        assert (writing == 0) is not read_only
         held = os.open(node, os.O_RDONLY if read_only else os.O_RDWR)
     assert os.listdir(tmp_path / "disks") == []
     # Whoever has opened it keeps it, and with him it goes.
@@ -67,6 +71,63 @@ def test_image_is_a_node_of_the_vmms_user_for_as_long_as_it_is_shown(
     leased.close()
     assert loops_of(image) == []
     assert image.read_bytes()[:5] == (b"begin" if read_only else b"write")
+
+
+def run_as_the_vmm(directory, *commands):
+    """Run shell commands as the VMM's user, who owns `directory`, in it; return their statuses."""
+    os.chown(directory, ACCOUNT.uid, ACCOUNT.gid)
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # the path to it is closed to others
+    try:
+        script = "".join(f"( {command} ) 2>/dev/null; echo $?;" for command in commands)
+        done = subprocess.run(
+            ["/bin/sh", "-c", script],
+            check=True,
+            cwd=f"/proc/self/fd/{opened}",
+            pass_fds=(opened,),
+            user=ACCOUNT.uid,
+            group=ACCOUNT.gid,
+            extra_groups=[],
+            capture_output=True,
+            timeout=60,
+        )
+    finally:
+        os.close(opened)
+    return [int(line) for line in done.stdout.split()]
+
+
+def test_vmm_can_keep_no_node_and_make_nothing_of_it(nodes, image, tmp_path):
+    device = BlockDevice(id="d0", path=image, read_only=True)
+    leased = lease(device)
+    with nodes.exposed(device, leased):
+        statuses = run_as_the_vmm(
+            tmp_path,
+            "chmod 666 disks/d0",
+            "ln disks/d0 disks/kept",
+            "rm -f disks/d0",
+            "ln -s /etc/passwd disks/other",
+            "chmod 777 disks",
+        )
+        assert 0 not in statuses
+        assert os.listdir(tmp_path / "disks") == ["d0"]
+    leased.close()
+
+
+def test_directory_that_the_vmm_has_moved_away_is_still_the_one_with_the_nodes(image, tmp_path):
+    home, elsewhere = tmp_path / "jail", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    nodes = DiskNodes(home / "disks", ACCOUNT)
+    nodes.make()
+    assert run_as_the_vmm(home, "mv disks moved", f"ln -s {elsewhere} disks") == [0, 0]
+    device = BlockDevice(id="d0", path=image, read_only=False)
+    leased = lease(device)
+    with nodes.exposed(device, leased):
+        assert os.listdir(elsewhere) == []
+        assert os.listdir(home / "moved") == ["d0"]
+    assert os.listdir(home / "moved") == []
+    leased.close()
+    nodes.close()
+    nodes.close()
 
 
 def test_writer_has_a_disk_for_himself_and_readers_share_it(image):
