@@ -151,6 +151,7 @@ class CloudHypervisor:
             if isolation.hides_files():
                 await read_only_root(NAME, child.pid)
             shown.close()
+            directory.seal()
             _publish(spec, directory)
             machine.keep(undo.pop_all())
             return machine

@@ -104,6 +104,8 @@ class DiskNodes:
         Raises:
             PreconditionFailed: no loop device for an image file.
         """
+        if self._fd < 0:
+            self._open()
         status = os.fstat(lease.fd)
         with contextlib.ExitStack() as stack:
             number = status.st_rdev

@@ -1,6 +1,6 @@
 """A directory that belongs to one VMM's own user, and what is handed to it there.
 
-    <run_dir>/<name>/        0700, the VMM's user
+    <run_dir>/<name>/        0700, the VMM's user, until it has made what it needs; then root's
         v.sock               the VMM listens here: the guest as the host reaches it
         v.sock_<port>        we listen here: the host as the guest reaches it
 
@@ -74,6 +74,16 @@ class VmmDirectory:
         # The directory is the VMM's: were this a link, we would call whoever it leads to, as root.
         if not stat.S_ISSOCK(device.uds_path.lstat().st_mode):
             raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), str(device.uds_path))
+
+    def seal(self) -> None:
+        """From here on the VMM can use what is there, and make, rename or remove nothing.
+
+        The host's /run, which must not run full, ends there for a VMM that its guest takes over.
+        Raises OSError.
+        """
+        if self._account is not None:
+            os.chown(self.path, 0, self._account.gid)
+            os.chmod(self.path, 0o710)
 
     def remove(self) -> None:
         """Remove the directory and what was published. Idempotent; never follows a link.

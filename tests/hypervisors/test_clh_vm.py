@@ -65,6 +65,15 @@ async def test_guest_keeps_the_memory_it_has(make_spec, records):
         await machine.resume()
 
 
+async def test_vmm_owns_no_directory_once_it_runs(make_spec, records):
+    spec = make_spec()
+    if machine_account(spec.id, "kvm") is None:
+        pytest.skip("only root may use KVM here")
+    async with running(spec, records):
+        status = (spec.run_dir / "clh").stat()
+        assert (status.st_uid, status.st_mode & 0o7777) == (0, 0o710)
+
+
 @pytest.mark.skipif(not has_landlock(), reason="this kernel has no Landlock of version 3")
 async def test_vmm_sees_no_file_that_it_was_not_told_of(make_spec, records, disk):
     async with running(make_spec(), records) as machine:

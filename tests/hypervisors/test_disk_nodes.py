@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from hypervisors import disk_nodes
-from hypervisors.child_exec import Account
 from hypervisors.disk_lease import lease
 from hypervisors.disk_nodes import DiskNodes
 from hypervisors.errors import PreconditionFailed
 from hypervisors.machine import BlockDevice
 from tests.harness.limitations import documented
 
+from .vmm_user import ACCOUNT, run_as_the_vmm
+
 pytestmark = pytest.mark.root
-ACCOUNT = Account(uid=0x6B000001, gid=0x6B000001)
 
 
 @pytest.fixture
 def nodes(tmp_path):
+    os.chown(tmp_path, ACCOUNT.uid, ACCOUNT.gid)
     made = DiskNodes(tmp_path / "disks", ACCOUNT)
     made.mount()
     yield made
@@ -73,28 +73,6 @@ def test_image_is_a_node_that_the_vmms_user_can_open_for_as_long_as_it_is_shown(
     assert image.read_bytes()[:5] == (b"begin" if read_only else b"write")
 
 
-def run_as_the_vmm(directory, *commands):
-    """Run shell commands as the VMM's user, who owns `directory`, in it; return their statuses."""
-    os.chown(directory, ACCOUNT.uid, ACCOUNT.gid)
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # the path to it is closed to others
-    try:
-        script = "".join(f"( {command} ) 2>/dev/null; echo $?;" for command in commands)
-        done = subprocess.run(
-            ["/bin/sh", "-c", script],
-            check=True,
-            cwd=f"/proc/self/fd/{opened}",
-            pass_fds=(opened,),
-            user=ACCOUNT.uid,
-            group=ACCOUNT.gid,
-            extra_groups=[],
-            capture_output=True,
-            timeout=60,
-        )
-    finally:
-        os.close(opened)
-    return [int(line) for line in done.stdout.split()]
-
-
 def test_vmm_can_keep_no_node_and_make_nothing_of_it(nodes, image, tmp_path):
     device = BlockDevice(id="d0", path=image, read_only=True)
     leased = lease(device)
@@ -116,6 +94,7 @@ def test_directory_that_the_vmm_has_moved_away_is_still_the_one_with_the_nodes(i
     home, elsewhere = tmp_path / "jail", tmp_path / "elsewhere"
     home.mkdir()
     elsewhere.mkdir()
+    os.chown(home, ACCOUNT.uid, ACCOUNT.gid)
     nodes = DiskNodes(home / "disks", ACCOUNT)
     nodes.make()
     assert run_as_the_vmm(home, "mv disks moved", f"ln -s {elsewhere} disks") == [0, 0]
