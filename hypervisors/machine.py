@@ -217,3 +217,4 @@ class Capabilities:
     power_off: bool = True
     instead: str = ""
     block_unplug: bool = True
+    opens_taps: bool = False  # by name: each stays without a descriptor for a while

@@ -22,6 +22,7 @@ from netns.plan import (
     DeleteFilter,
     DeleteIngress,
     DeleteMacvtap,
+    DeleteTap,
     Operation,
     PassVlans,
     Redirect,
@@ -144,7 +145,7 @@ def _take(netlink: Netlink, operation: Operation) -> None:
         case AddMacvtap(name, lower, mtu):
             netlink.link("add", ifname=name, kind="macvtap", link=lower, macvtap_mode="passthru")
             netlink.link("set", index=find(0, name), mtu=mtu, state="up")
-        case DeleteIngress() | DeleteFilter() | Unshape() | DeleteMacvtap():
+        case DeleteIngress() | DeleteFilter() | Unshape() | DeleteMacvtap() | DeleteTap():
             revert([operation])
         case _:
             assert_never(operation)

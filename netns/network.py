@@ -28,6 +28,7 @@ from netns.model import Endpoint, Layout, RateLimits, Scan, Statistics, Wiring
 from netns.namespace import Namespace
 from netns.plan import (
     Attachment,
+    DeleteTap,
     Operation,
     attachments,
     from_record,
@@ -91,6 +92,7 @@ class PodNetwork:
         self._queues = queues
         self._limits = limits
         self._done: list[Operation] = []
+        self._lent: tuple[DeleteTap, ...] = ()
         self._wired = 0  # so many of `attached` are joined to their endpoint
         self._watch: socket.socket | None = None
         self._counters = -1
@@ -104,10 +106,12 @@ class PodNetwork:
         wiring: Wiring = Wiring.TC_FILTER,
         queues: int = 1,
         limits: RateLimits | None = None,
+        lends_taps: bool = False,
     ) -> PodNetwork:
         """Look into the namespace at `path` and make a tap for each of its interfaces.
 
-        None of that outlives the taps' descriptors, except for macvtaps, which are recorded first.
+        None of that outlives the taps' descriptors, except for macvtaps, which are recorded first,
+        and taps that the caller may make to stay (`lends_taps`), which are recorded as well.
         Cancelling leaves nothing that was not recorded.
 
         Raises:
@@ -119,6 +123,8 @@ class PodNetwork:
         network = cls(namespace, record, wiring=wiring, queues=queues, limits=limits)
         try:
             await network._look(is_first=True)
+            if lends_taps:
+                network._record_taps()
         except BaseException:
             with trio.CancelScope(shield=True):  # bounded by UNDO_S
                 await network.aclose()
@@ -217,12 +223,13 @@ class PodNetwork:
         Idempotent. The record stays needed for as long as there are problems.
         """
         problems: list[str] = []
-        steps = undo(self._done)
+        steps = self._way_back()
         if steps and self._namespace.fd >= 0:
             try:
                 work = partial(_revert, steps)
                 await run_inside(self._namespace.fd, _UNDOING, work, timeout_s=UNDO_S)
                 self._done.clear()
+                self._lent = ()
             except NetnsError as error:
                 problems.append(str(error))
         self.close_taps()
@@ -267,22 +274,34 @@ class PodNetwork:
             return Outcome()
         # All of it before any of it: a helper that is killed does not say how far it came.
         self._done += operations
-        namespace = self._namespace
-        steps = json.dumps(to_record(undo(self._done)), separators=(",", ":"))
-        self._record(UndoRecord(
-            path=os.fspath(namespace.path), device=namespace.device, inode=namespace.inode,
-            steps=steps,
-        ))  # fmt: skip
-        name = f"wire the network of {namespace.path}"
+        self._record_way_back()
+        name = f"wire the network of {self._namespace.path}"
         work = work or partial(_apply, operations)
         try:
-            return await run_inside(namespace.fd, name, work, timeout_s=WIRE_S)
+            return await run_inside(self._namespace.fd, name, work, timeout_s=WIRE_S)
         except KernelRefused as error:
             # Undone already, but for what the detail tells; undoing twice might hit what the
             # refused step found in its way.
             if not error.detail:
                 del self._done[-len(operations) :]
             raise
+
+    def _record_taps(self) -> None:
+        """Record the taps that we have made, and that may stay for a while without us."""
+        made = (each.attachment for each in self.attached if each.fds)
+        self._lent = tuple(DeleteTap(each.device) for each in made if each.endpoint.tap is None)
+        if self._lent:
+            self._record_way_back()
+
+    def _way_back(self) -> tuple[Operation, ...]:
+        return (*undo(self._done), *self._lent)
+
+    def _record_way_back(self) -> None:
+        namespace = self._namespace
+        self._record(UndoRecord(
+            path=os.fspath(namespace.path), device=namespace.device, inode=namespace.inode,
+            steps=json.dumps(to_record(self._way_back()), separators=(",", ":")),
+        ))  # fmt: skip
 
 
 def undo_recorded(fields: Mapping[str, str | int]) -> str | None:

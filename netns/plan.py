@@ -9,7 +9,8 @@ With macvtap, a macvtap in passthru mode on L takes what L receives. In both, th
 L in the namespace: its own stack sees no frame any more (tc), or answers the same as the guest
 (macvtap), and taking the plan back leaves the namespace as it was.
 
-Taps have no step here: they go with their last descriptor.
+Taps have no step here: they go with their last descriptor. Only one that is let go of for a while,
+for a virtual machine monitor that opens it by name, has a step of the way back.
 """
 
 from __future__ import annotations
@@ -99,6 +100,12 @@ class DeleteMacvtap(NamedTuple):
     name: str
 
 
+class DeleteTap(NamedTuple):
+    """Remove the tap `name`, if it is one."""
+
+    name: str
+
+
 Operation: TypeAlias = (
     AddIngress
     | DeleteIngress
@@ -109,6 +116,7 @@ Operation: TypeAlias = (
     | Unshape
     | AddMacvtap
     | DeleteMacvtap
+    | DeleteTap
 )
 
 
@@ -198,7 +206,7 @@ def inverse(operation: Operation) -> Operation | None:
             return Unshape(link, name)
         case AddMacvtap(name):
             return DeleteMacvtap(name)
-        case DeleteIngress() | DeleteFilter() | Unshape() | DeleteMacvtap():
+        case DeleteIngress() | DeleteFilter() | Unshape() | DeleteMacvtap() | DeleteTap():
             return None
         case _:
             assert_never(operation)
@@ -225,6 +233,8 @@ def _written(step: Operation) -> list[str | int]:
             return ["filter", link, name, priority]
         case DeleteMacvtap(name):
             return ["macvtap", name]
+        case DeleteTap(name):
+            return ["tap", name]
         case _:
             raise TypeError(f"{step} is no step of an undo")
 
@@ -248,6 +258,8 @@ def from_record(record: object) -> tuple[Operation, ...]:
                 steps.append(DeleteFilter(link, name, priority))
             case ["macvtap", str(name)]:
                 steps.append(DeleteMacvtap(name))
+            case ["tap", str(name)]:
+                steps.append(DeleteTap(name))
             case _:
                 raise ValueError(f"{item!r} is no step of an undo")
     return tuple(steps)

@@ -20,6 +20,7 @@ from netns.plan import (
     DeleteFilter,
     DeleteIngress,
     DeleteMacvtap,
+    DeleteTap,
     Operation,
     PassVlans,
     Redirect,
@@ -87,7 +88,9 @@ def _take(step: Operation) -> int:
             body = _TCMSG.pack(0, find(link, name), 0, _INGRESS_FILTERS, priority << 16)
             return ask(_RTM_DELTFILTER, body)
         case DeleteMacvtap(name):
-            return _delete_macvtap(name)
+            return _delete_link(name, "macvtap")
+        case DeleteTap(name):
+            return _delete_link(name, "tun")
         case AddIngress() | Redirect() | PassVlans() | Shape() | AddMacvtap():
             raise TypeError(f"{step} takes nothing back")
         case _:
@@ -100,16 +103,16 @@ def _delete_qdisc(index: int, handle: int, parent: int) -> int:
     return ask(_RTM_DELQDISC, _TCMSG.pack(0, index, handle, parent, 0))
 
 
-def _delete_macvtap(name: str) -> int:
+def _delete_link(name: str, kind: str) -> int:
     index = find(0, name)
-    if not index or not _is_macvtap(index):
+    if not index or not _is_of(kind, index):
         return 0
     return ask(RTM_DELLINK, IFINFO.pack(0, 0, index, 0, 0))
 
 
-def _is_macvtap(index: int) -> bool:
+def _is_of(kind: str, index: int) -> bool:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
         body = IFINFO.pack(0, 0, index, 0, 0)
         netlink.send(rtnetlink.request(_RTM_GETLINK, body, flags=0))
         found = rtnetlink.messages(netlink.recv(64 << 10))
-        return any(m.type == _RTM_NEWLINK and link_of(m.body).kind == "macvtap" for m in found)
+        return any(m.type == _RTM_NEWLINK and link_of(m.body).kind == kind for m in found)

@@ -106,7 +106,10 @@ class MachineNetwork(NamedTuple):
     namespace_fd: int | None = None
 
 
-async def _no_network() -> MachineNetwork:
+NetworkOpener = Callable[[bool], Awaitable[MachineNetwork]]
+
+
+async def _no_network(opens_taps: bool) -> MachineNetwork:
     return MachineNetwork()
 
 
@@ -219,13 +222,11 @@ class Machine:
     def vm_exit(self) -> VmExit | None:
         return self.vm.exit if self.vm is not None else None
 
-    async def boot(
-        self, open_network: Callable[[], Awaitable[MachineNetwork]] = _no_network
-    ) -> AgentClient:
+    async def boot(self, open_network: NetworkOpener = _no_network) -> AgentClient:
         """Boot and connect. On failure the caller calls `aclose`; cancelling is safe.
 
-        `open_network` runs beside the daemons' start. Its descriptors stay the caller's; when
-        `launched` is set it may close them.
+        `open_network`, which is told whether the VMM opens taps by name, runs beside the daemons'
+        start. Its descriptors stay the caller's; when `launched` is set it may close them.
 
         Raises:
             Unavailable: a part died meanwhile, with its reason.
@@ -263,7 +264,7 @@ class Machine:
                 self._journal.release(entry)
             self._entries.clear()
 
-    async def _boot(self, open_network: Callable[[], Awaitable[MachineNetwork]]) -> None:
+    async def _boot(self, open_network: NetworkOpener) -> None:
         machinery = self._machinery
         can = machinery.hypervisor.capabilities(self._spec())
         vsock = self._vsock = GuestVsock.open(self._state, can, machinery.open_kernel_vsock)
@@ -272,7 +273,7 @@ class Machine:
         self._timeline.enter("starting the daemons of the virtual machine")
         async with ReadinessListener.listen(vsock.endpoint(self._plan.ready_port)) as listener:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._open_network, open_network)
+                nursery.start_soon(self._open_network, open_network, can.opens_taps)
                 if self._plan.shares:
                     nursery.start_soon(self._start_virtiofsd)
                 if vsock.needs_daemon:
@@ -340,8 +341,8 @@ class Machine:
         self._timeline.mark("launched")
         self.launched.set()
 
-    async def _open_network(self, open_network: Callable[[], Awaitable[MachineNetwork]]) -> None:
-        self._network = await open_network()
+    async def _open_network(self, open_network: NetworkOpener, opens_taps: bool) -> None:
+        self._network = await open_network(opens_taps)
         if self._network.devices:
             self._timeline.mark("network")
 

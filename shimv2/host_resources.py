@@ -145,10 +145,13 @@ class HostResources:
             self._state_dir.remove()
             raise
 
-    async def open_network(self, bundle: Bundle, config: RuntimeConfig) -> MachineNetwork:
+    async def open_network(
+        self, bundle: Bundle, config: RuntimeConfig, opens_taps: bool
+    ) -> MachineNetwork:
         """Look into the pod's network namespace: the VMM must have the taps at its launch.
 
         The container's hooks of before come first: they may be what makes the network.
+        `opens_taps` is the backend's capability.
 
         Raises:
             NetnsError: as `SandboxNetwork.open`.
@@ -159,7 +162,9 @@ class HostResources:
         if hooks := self._hooks_for(bundle):
             path = await hooks.before_network(bundle, path)
             self._enter("preparing the pod's network")
-        network = await SandboxNetwork.open(path, config, self._journal, vcpus=self._vcpus)
+        network = await SandboxNetwork.open(
+            path, config, self._journal, vcpus=self._vcpus, lends_taps=opens_taps
+        )
         self.network = network
         for note in network.notes:
             self.tell_network(note)

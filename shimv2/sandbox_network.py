@@ -91,9 +91,17 @@ class SandboxNetwork:
 
     @classmethod
     async def open(
-        cls, path: Path | None, config: RuntimeConfig, journal: Journal, *, vcpus: int
+        cls,
+        path: Path | None,
+        config: RuntimeConfig,
+        journal: Journal,
+        *,
+        vcpus: int,
+        lends_taps: bool = False,
     ) -> SandboxNetwork:
         """Look into the pod's namespace and make what the VMM must have at its launch.
+
+        `lends_taps`: it opens taps by name, which therefore may stay when a shim is killed.
 
         Raises:
             NetnsError: nothing is left then but what the journal knows.
@@ -107,7 +115,9 @@ class SandboxNetwork:
         queues = max(1, min(config.hypervisor.network_queues, vcpus))
         made._has_vhost = not config.hypervisor.disable_vhost_net
         wiring = Wiring(config.runtime.internetworking_model)
-        made._pod = await PodNetwork.open(path, made._record, wiring=wiring, queues=queues)
+        made._pod = await PodNetwork.open(
+            path, made._record, wiring=wiring, queues=queues, lends_taps=lends_taps
+        )
         made.devices = tuple(made._device(each) for each in made._pod.attached)
         return made
 

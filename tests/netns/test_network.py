@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
@@ -35,6 +36,7 @@ MAC = "02:00:00:00:00:07"
 ETHERTYPE = 0x88B5  # for local experiments: IEEE 802
 VNET_HEADER = bytes(12)
 WIRINGS = [Wiring.TC_FILTER, Wiring.MACVTAP]
+TUNSETPERSIST = 0x400454CB
 
 
 def unrecorded(_: UndoRecord) -> None:
@@ -105,6 +107,21 @@ async def test_tear_down_leaves_the_namespace_as_it_was(pod, outside, wiring, qu
     assert undo_recorded(records[-1]._asdict()) is None
     assert pod.everything() == before
     assert open_descriptors() <= fds
+
+
+@pytest.mark.parametrize("is_wired", [False, True])
+async def test_tap_that_is_lent_and_stays_is_taken_away_by_the_record(pod, outside, is_wired):
+    before = pod.everything()
+    records: list[UndoRecord] = []
+    network = await PodNetwork.open(pod.path, records.append, lends_taps=True)
+    fcntl.ioctl(network.attached[0].fds[0], TUNSETPERSIST, 1)
+    if is_wired:
+        await network.wire()
+    network.close_taps()  # as a shim that was killed
+    assert pod.everything() != before
+    assert undo_recorded(records[-1]._asdict()) is None
+    assert pod.everything() == before
+    assert await network.aclose() == []
 
 
 async def test_everything_of_the_pod_is_found(pod, outside):

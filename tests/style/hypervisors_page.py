@@ -42,6 +42,7 @@ WORDS: Final = {
     "power_off": "ends when its guest switches itself off",
     "instead": "for what it can't, set",
     "block_unplug": "disks go while it runs",
+    "opens_taps": "opens taps by their names",
 }
 
 
