@@ -17,13 +17,12 @@ import trio
 
 from agent_proto.limits import AgentTimeouts
 from shimv2.boot import Machine, MachineNetwork, Machinery
-from shimv2.cleanup import remove_state
 from shimv2.container_files import ContainerFiles, Prepared
 from shimv2.errors import FailedPrecondition, Unavailable
 from shimv2.guest_requests import sandbox_request
 from shimv2.host_cgroup import HostCgroup
 from shimv2.journal import DEFERRED, Journal, outlasts
-from shimv2.live_undo import undo_live
+from shimv2.live_undo import remove_state_live, undo_live
 from shimv2.logger import start_logger
 from shimv2.rootfs import sandbox_dns, sandbox_shm_bytes
 from shimv2.sandbox_network import SandboxNetwork, namespace_path
@@ -79,7 +78,7 @@ class HostResources:
         self._hooks: HostHooks | None = None  # from the first container that has some on
         self._enter: Callable[[str], None] = lambda phase: None
 
-    def take(
+    async def take(
         self,
         bundle: Bundle,
         config: RuntimeConfig,
@@ -96,7 +95,7 @@ class HostResources:
             FailedPrecondition: something of an earlier sandbox of this name can't be taken back.
             ShimError: one could not be made; `give_back` then takes the rest back.
         """
-        journal = self._journal = self._open_journal()
+        journal = self._journal = await self._open_journal()
         self._vcpus = plan.vcpus
         self._enter = timeline.enter
         self.cgroup.make(bundle, config, journal)
@@ -129,8 +128,8 @@ class HostResources:
         )
         return self.machine
 
-    def _open_journal(self) -> Journal:
-        for problem in remove_state(self._state_dir):
+    async def _open_journal(self) -> Journal:
+        for problem in await remove_state_live(self._state_dir):
             self._log.warning("left by an earlier shim", problem=problem)
         self._state_dir.create()
         try:

@@ -163,7 +163,7 @@ class Journal:
         """Undo and release these, the last one first; return the problems."""
         problems: list[str] = []
         for entry in reversed(entries):
-            outcome = _undo_one(entry, os.path.dirname(self.path), LIVE.get(entry.kind))
+            outcome = undo_entry(entry, os.path.dirname(self.path), LIVE.get(entry.kind))
             if outcome is None:
                 self.release(entry)
             else:
@@ -220,9 +220,18 @@ def replay_all(path: str, *, container: str | None = None) -> list[Left]:
     The journal stays, for whoever removes the directory; an undone entry is undone again by the
     next replay, without harm. Entries from before the last boot of the machine kill no process.
     """
+    home = os.path.dirname(path)
+    return [
+        Left(entry, problem)
+        for entry in to_replay(path, container=container)
+        if (problem := undo_entry(entry, home)) is not None
+    ]
+
+
+def to_replay(path: str, *, container: str | None = None) -> Iterator[Entry]:
+    """Give what a replay has to undo, in its order, as `undo_entry` takes it."""
     head, held = read(path)
     same_boot = head is not None and head.boot == boot_id()
-    left: list[Left] = []
     hooks_give_up_ms = int((time.monotonic() + HOOKS_LIMIT_S) * 1000)
     for entry in reversed(held):
         if container is not None and entry.container != container:
@@ -232,10 +241,7 @@ def replay_all(path: str, *, container: str | None = None) -> list[Left]:
         if entry.kind == "poststop":
             fields = {**entry.fields, "give_up_ms": hooks_give_up_ms}
             entry = entry._replace(fields=fields)
-        problem = _undo_one(entry, os.path.dirname(path))
-        if problem is not None:
-            left.append(Left(entry, problem))
-    return left
+        yield entry
 
 
 def outlasts(entry: Entry, home: str) -> bool:
@@ -251,7 +257,8 @@ def outlasts(entry: Entry, home: str) -> bool:
     return entry.kind in _OUTLASTING
 
 
-def _undo_one(entry: Entry, home: str, live: Undo | None = None) -> str | None:
+def undo_entry(entry: Entry, home: str, live: Undo | None = None) -> str | None:
+    """Undo one entry of the journal in `home`, by `live` if given; return the problem."""
     undo = live or UNDO.get(entry.kind)
     own = _OWN.get(entry.kind)
     if own is not None and not is_below(home, str(entry.fields.get(own))):

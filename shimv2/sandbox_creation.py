@@ -78,6 +78,7 @@ class SandboxCreation:
         self._log = log
         self._config: RuntimeConfig | None = None
         self._resources: SandboxResources | None = None
+        self._is_founding = False  # a machine is being made, or is about to be
         self._is_up = trio.Event()
         self._scene: Scene | None = None  # of a creation that was cut short
 
@@ -129,13 +130,17 @@ class SandboxCreation:
             raise Unavailable(self._end.reason)
         if container is not None and bundle.kind is ContainerKind.MEMBER:
             await self._join(container, creation)
-        elif self._host.machine is not None:
+        elif self._host.machine is not None or self._is_founding:
             raise FailedPrecondition(
                 f"sandbox {self._invocation.sandbox_id} has its VM already; "
                 f"container {bundle.container_id} is of kind {bundle.kind.value!r}"
             )
         else:
-            await self._found(container, creation)
+            self._is_founding = True
+            try:
+                await self._found(container, creation)
+            finally:
+                self._is_founding = False
 
     async def _found(self, container: Container | None, creation: Creation) -> None:
         """Boot the VM, and prepare the container meanwhile, if it has one of its own."""
@@ -231,7 +236,7 @@ class SandboxCreation:
             plan = check_machine(self._invocation.sandbox_id, plan, machinery, self._state_dir)
         except Exception as exc:
             raise await self._explained(exc) from exc
-        return self._host.take(
+        return await self._host.take(
             bundle,
             config,
             plan,

@@ -13,7 +13,8 @@ import trio.testing
 
 from shimv2 import host_process, host_resources
 from shimv2.journal import Journal
-from shimv2.live_undo import undo_live
+from shimv2.live_undo import remove_state_live, undo_live
+from shimv2.state_dir import StateDir
 from shimv2.undo import KILL_DEADLINE_S
 from tests.shimv2.shim_bench import ShimBench
 
@@ -74,6 +75,35 @@ async def test_process_that_does_not_die_holds_up_nobody_and_stays_in_the_journa
     assert f"qemu (pid {child.pid}) survived SIGKILL for 2 s" in problem
     assert [entry.kind for entry in book.held] == ["process"]
     assert not (tmp_path / "d").exists()
+
+
+async def test_state_of_an_earlier_sandbox_stays_until_its_process_is_dead(
+    tmp_path: Path,
+    child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    start = host_process.start_time_ticks(child.pid)
+    assert start is not None
+    state_dir = StateDir("k", str(tmp_path))
+    volume = tmp_path / "k" / "f"
+    assert str(volume.parent) == state_dir.path
+    assert await remove_state_live(state_dir) == []
+    state_dir.create()
+    book = Journal.open(state_dir.journal)
+    book.take("file", path=str(volume))
+    book.take("process", name="qemu", pid=child.pid, start_time=start)
+    book.close()
+    volume.write_text("x")
+    with monkeypatch.context() as patched:
+        patched.setattr(host_process, "kill", lambda pid, start: os.pidfd_open(child.pid))
+        (problem,) = await remove_state_live(state_dir)
+    assert "survived SIGKILL" in problem
+    assert os.listdir(state_dir.path) == ["journal"]
+    child.kill()
+    child.wait()
+    assert await remove_state_live(state_dir) == []
+    assert not state_dir.exists()
 
 
 async def test_undo_that_fails_does_not_stop_the_others(
