@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.harness import vmm
-from tests.harness.ctr import KATA
 
 if TYPE_CHECKING:
     from tests.harness.ctr import Ctr
@@ -40,7 +39,8 @@ def find_parts(node: Node, comm: str) -> list[NodeProcess]:
 
 def find_shims(ctr: Ctr) -> list[NodeProcess]:
     """List the serving shims of the runtime under test."""
-    name = "containerd-shim-kata-v2" if ctr.runtime == KATA else "containerd-shim-runc-v2"
+    # Source: containerd runtime/v2, BinaryName: the last two parts of the runtime's name.
+    name = "-".join(["containerd-shim", *ctr.runtime.split(".")[-2:]])
     daemons = {process.pid for process in ctr.node.find("/containerd -c ")}
     return [
         process
