@@ -26,7 +26,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.harness import vmm  # noqa: E402
-from tests.harness.configuration import setup_of  # noqa: E402
+from tests.harness.configuration import runtimes  # noqa: E402
 from tests.harness.containerd_daemon import ContainerdMissing, find_containerd  # noqa: E402
 from tests.harness.node import Node  # noqa: E402
 from tests.harness.oci_image import BUSYBOX_IMAGE, BusyboxMissing  # noqa: E402
@@ -97,20 +97,13 @@ def prerequisites() -> None:
             raise DemoFailed(f"{path} is missing: {fix}")
 
 
-def runtimes() -> dict[str, tuple[str, str]]:
-    """Return runtime and setup (`vmm.SETUPS`) by each name of a VMM: its own, and the runtime's."""
-    found: dict[str, tuple[str, str]] = {}
-    for path in sorted(CONFIGURATIONS.glob("configuration-*.toml")):
-        variant = path.stem.partition("-")[2]
-        setup = setup_of(path.read_text())
-        entry = (f"io.containerd.kata-{variant}.v2", setup)
-        found |= {variant: entry, setup.partition(":")[2] or setup: entry}
-    return found
-
-
 def choose(name: str) -> tuple[str, str]:
     """Return runtime and setup of a VMM, "" for the usual one; DemoFailed if it can't run here."""
-    known = {"": ("io.containerd.kata.v2", vmm.SETUP), **runtimes()}
+    known = {"": ("io.containerd.kata.v2", vmm.SETUP)}
+    for setup, runtime in runtimes(CONFIGURATIONS).items():
+        variant = runtime.split(".")[2].removeprefix("kata-")
+        for each in (setup.partition(":")[2] or setup, variant):  # its own name, the runtime's
+            known[each] = (runtime, setup)
     if name not in known:
         names = ", ".join(sorted(filter(None, known)))
         raise DemoFailed(f"VMM={name} is not known; choose one of {names}")

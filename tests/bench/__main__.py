@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tests.bench import ctr_run, pods, relay, report, running, start, volumes
+from tests.bench import ctr_run, pods, relay, report, running, start, vmms, volumes
 from tests.bench.picture import draw
 from tests.harness.containerd_daemon import ContainerdMissing, find_containerd
 from tests.harness.node import BUILD, Node
@@ -38,6 +38,7 @@ GROUPS: dict[str, Callable[[Node], Iterator[Figure]]] = {
     "network": pods.measure_network,
     "between": pods.measure_pod_to_pod,
     "cycles": pods.measure_cycles,
+    "vmms": vmms.measure,
 }
 
 

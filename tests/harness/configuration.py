@@ -35,6 +35,15 @@ def configurations(built: Path) -> dict[str, str]:
     return files
 
 
+def runtimes(built: Path) -> dict[str, str]:
+    """Return the runtime that is called after a VMM for each setup that `make shim` knows."""
+    found = {}
+    for path in sorted(built.glob("configuration-*.toml")):
+        variant = path.stem.partition("-")[2]
+        found[setup_of(path.read_text())] = f"io.containerd.kata-{variant}.v2"
+    return found
+
+
 def setup_of(text: str) -> str:
     """Return the setup (`vmm.SETUPS`) that a configuration file is for."""
     machine_type = re.search(r'(?m)^machine_type = "(.*)"$', text)

@@ -39,6 +39,15 @@ async def says(machine, needle):
     assert not scope.cancelled_caught, (needle, machine.console.tail(20))
 
 
+def disk_at(address):
+    """What the guest says of its one disk at this address: a glimpse of the path in sysfs."""
+    if address.pci_path:
+        slot, _, behind_a_port = address.pci_path.partition("/")
+        below = "0000:" if behind_a_port else "virtio"
+        return f"STATE disks=[ ../devices/pci0000:00/0000:00:{slot}.0/{below}"
+    return f"{Path(address.node).name} ]"
+
+
 async def all_events(machine):
     return [event async for event in machine.events]
 

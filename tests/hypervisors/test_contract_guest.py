@@ -12,7 +12,6 @@ import signal
 import socket
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,6 +40,7 @@ from . import machines, scratch_guest
 from .machines import (
     BOOT_DEADLINE_S,
     all_events,
+    disk_at,
     find,
     make_tap_elsewhere,
     namespace_of,
@@ -164,7 +164,7 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
         first = await machine.attach(
             BlockDevice(id="disk", path=disk, read_only=True, serial="abc")
         )
-        await says(machine, _disk_at(first))
+        await says(machine, disk_at(first))
         if can.net_hotplug:
             tap = make_tap_elsewhere()
             mac = "02:00:00:00:00:01"
@@ -188,15 +188,6 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
         machine.kill()
     removed = [event for event in await all_events(machine) if "REMOVED" in event.kind.name]
     assert len(removed) >= 1 + can.net_hotplug
-
-
-def _disk_at(address):
-    """What the guest says of its one disk at this address: a glimpse of the path in sysfs."""
-    if address.pci_path:
-        slot, _, behind_a_port = address.pci_path.partition("/")
-        below = "0000:" if behind_a_port else "virtio"
-        return f"STATE disks=[ ../devices/pci0000:00/0000:00:{slot}.0/{below}"
-    return f"{Path(address.node).name} ]"
 
 
 async def test_vcpus_and_memory_come_while_it_runs_and_it_pauses(backend, make_spec, records):
@@ -287,7 +278,7 @@ async def test_cold_devices_are_where_it_says_and_it_outlives_its_daemons(
             os.close(namespace)
             os.close(tap)
             assert sorted(machine.addresses) == sorted(device.id for device in spec.devices)
-            await says(machine, _disk_at(machine.addresses["d0"]))
+            await says(machine, disk_at(machine.addresses["d0"]))
             await says(machine, f"nets=[ {mac} ]")
             await says(machine, "VSOCK virtio:19")
             if can.shared_directory:
