@@ -184,7 +184,7 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
             await machine.attach(BlockDevice(id="disk", path=disk, read_only=True))
             await machine.detach("disk")
         again = await machine.attach(BlockDevice(id="disk", path=disk, read_only=False))
-        await says(machine, _disk_at(again))
+        await says(machine, disk_at(again))
         machine.kill()
     removed = [event for event in await all_events(machine) if "REMOVED" in event.kind.name]
     assert len(removed) >= 1 + can.net_hotplug
