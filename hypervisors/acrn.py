@@ -31,7 +31,8 @@ from .child import spawn
 from .console import ConsoleRing
 from .disk_lease import lease
 from .errors import ControlError, LaunchFailed, PreconditionFailed
-from .machine import BlockDevice, Capabilities, KernelVsock
+from .lent_taps import LentTaps
+from .machine import BlockDevice, Capabilities, KernelVsock, NetDevice
 from .supervision import CONSOLE_CHUNK_BYTES, close_socket
 from .vmm_dir import VmmDirectory
 
@@ -90,9 +91,11 @@ class Acrn:
             console, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             console.setblocking(False)
             undo.callback(close_socket, console)
+            taps = LentTaps("acrn-dm", spec.network_namespace)
+            undo.callback(taps.abandon)
             with theirs, contextlib.ExitStack() as passed, _listen(directory) as listener:
                 table: dict[int, int] = {}
-                host = _open_host_side(spec, directory, leases, table, passed)
+                host = _open_host_side(spec, directory, leases, taps, table, passed)
                 _free_context_ids(spec)
                 child = await spawn(
                     NAME,
@@ -107,12 +110,14 @@ class Acrn:
                 theirs.close()
                 ready = await _made(child, listener, console, undo)
             try:
+                # It has made all devices, and no guest runs yet.
+                taps.take_back(child.pid)
                 monitor = CommandMonitor.connect(directory.path / acrn_argv.MONITOR_SOCKET)
                 undo.callback(monitor.close)
                 machine = AcrnMachine(spec, child, monitor, console, ready, leases)
                 await machine.register()
             except ControlError as error:
-                ending = f"does not serve its command monitor ({error.why})"
+                ending = f"cannot be controlled: {error}"
                 raise LaunchFailed(NAME, ending, _words(child, console)) from error
             machine.keep(undo.pop_all())
             return machine
@@ -144,6 +149,7 @@ def _open_host_side(
     spec: MachineSpec,
     directory: VmmDirectory,
     leases: list[Lease],
+    taps: LentTaps,
     table: dict[int, int],
     passed: contextlib.ExitStack,
 ) -> acrn_argv.HostSide:
@@ -169,7 +175,7 @@ def _open_host_side(
         kernel=opened(spec.kernel, os.O_RDONLY),
         initrd=opened(spec.initrd, os.O_RDONLY) if spec.initrd is not None else None,
         images=images,
-        taps={},
+        taps={one.id: taps.lend(one) for one in spec.devices if isinstance(one, NetDevice)},
         processors=acrn_check.processors(spec.id, spec.vcpus),
     )
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from . import accel, acrn_argv, spec_check
 from .errors import PreconditionFailed, Unsupported
-from .machine import BlockDevice, KernelVsock, Rng, SharedDirectory
+from .lent_taps import check_tap
+from .machine import BlockDevice, KernelVsock, NetDevice, Rng, SharedDirectory
 
 if TYPE_CHECKING:
     from .machine import Device, MachineSpec
@@ -126,6 +127,8 @@ def _check_device(device: Device) -> None:
                 why="does not open",
                 fix=f"load vhost_vsock, or {OTHER_VMM}",
             )
+        case NetDevice():
+            check_tap("acrn-dm", device)
         case SharedDirectory():
             refuse(
                 f"share {device.socket}",

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .child import Child
     from .fc_machine import FcVoices
     from .fc_room import Room
-    from .fc_taps import LentTaps
+    from .lent_taps import LentTaps
     from .machine import MachineSpec
 
 # Alone it takes 0.1 s; the kernel's image is read on the way.

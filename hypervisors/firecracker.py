@@ -23,7 +23,7 @@ from .fc_devices import NAME, FcDevices
 from .fc_exit import EndFacts
 from .fc_machine import FcMachine, FcVoices
 from .fc_start import Starting, start
-from .fc_taps import LentTaps, check_tap
+from .lent_taps import LentTaps, check_tap
 from .machine import (
     Capabilities,
     HybridVsock,
@@ -102,7 +102,7 @@ class Firecracker:
             for device in spec.devices:
                 if isinstance(device, HybridVsock):
                     room.directory.admit_listeners(device)
-            taps = LentTaps(spec.network_namespace)
+            taps = LentTaps("Firecracker", spec.network_namespace)
             undo.callback(taps.abandon)
             console, child = await _spawn(spec, room, record, undo)
             devices = FcDevices(spec, room)
@@ -154,7 +154,7 @@ class Firecracker:
                     )
                 case NetDevice():
                     spec_check.check_net(device)
-                    check_tap(device)
+                    check_tap("Firecracker", device)
 
 
 def _check_elf(spec: MachineSpec) -> None:

@@ -8,6 +8,7 @@ What it does is what ACRN's devicemodel was read to do. Scenarios change one thi
     nothing     makes no device                  garbled      the monitor sends no JSON
     poweroff    the guest switches itself off    triple-fault the guest faults, or reboots so
     reset       the guest is reset in place      refuses      every rescan fails
+    no-tap      opens no tap, and doesn't say so
     late        acknowledges a rescan after 0.5 s, with an event before it
 """
 
@@ -28,6 +29,8 @@ from typing import NoReturn
 
 OPTIONS = {"-m", "--cpu_affinity", "--cmd_monitor", "--logger_setting", "-k", "-B", "-l", "-r"}
 SET_GUEST_CID = 0x4008AF60
+TUNSETIFF = 0x400454CA
+TAP, NO_PI = 0x0002, 0x1000
 MAX_NAME = 15
 EMPTY = "nodisk"
 
@@ -88,6 +91,8 @@ class FakeAcrn:
                 _end(1, f"pci {kind} init failed")
             if kind == "virtio-blk" and options != EMPTY:
                 self._open(slot, options)
+            elif kind == "virtio-net" and self.scenario != "no-tap":
+                self._open_tap(options)
             elif kind == "vhost-vsock":
                 self._take_cid(int(options.removeprefix("cid=")))
             elif kind == "virtio-console":
@@ -107,6 +112,14 @@ class FakeAcrn:
         fd = os.open(path, os.O_RDONLY if "ro" in words else os.O_RDWR)
         self.slots[slot] = "filled"
         _say(f"slot {slot} has {os.fstat(fd).st_size} bytes {'ro' if 'ro' in words else 'rw'}")
+
+    def _open_tap(self, options: str) -> None:
+        tap, mac = options.split(",")
+        name = tap.removeprefix("tap=")
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        self.kept.append(fd)
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP | NO_PI))
+        _say(f"{name} is opened for {mac.removeprefix('mac=')}")
 
     def _take_cid(self, cid: int) -> None:
         with contextlib.suppress(FileNotFoundError):

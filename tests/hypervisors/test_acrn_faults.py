@@ -14,13 +14,22 @@ import trio
 from hypervisors import accel, acrn
 from hypervisors.accel import kernel_vsock_usable
 from hypervisors.errors import CommandRejected, DetachRefused, LaunchFailed, Unsupported
-from hypervisors.machine import BlockDevice, ExitKind, KernelVsock, MachineSpec, Rng, VmEventKind
+from hypervisors.lent_taps import check_tap
+from hypervisors.machine import (
+    BlockDevice,
+    ExitKind,
+    KernelVsock,
+    MachineSpec,
+    NetDevice,
+    Rng,
+    VmEventKind,
+)
 from hypervisors.registry import find_hypervisor
 from tests.fakes import fake_acrn
 from tests.harness.limitations import documented
 from tests.harness.patience import patient
 
-from .machines import all_events, says
+from .machines import all_events, make_tap_elsewhere, namespace_of, says
 
 pytestmark = pytest.mark.root
 
@@ -168,8 +177,14 @@ async def test_shutdown_lets_acrn_dm_end_by_itself(make_spec):
     ("scenario", "words"),
     [
         ("dies", "acrn exited with 1 before it was ready: pci virtio-rnd init failed"),
-        ("garbled", "does not serve its command monitor (it sent no JSON object)"),
-        ("mute", "does not serve its command monitor (no answer within 5 s)"),
+        (
+            "garbled",
+            "command register_vm_event_client: it sent no JSON object before it was",
+        ),
+        (
+            "mute",
+            "command register_vm_event_client: no answer within 5 s before it was",
+        ),
         ("nothing", "made no machine within 1 s before it was ready"),
     ],
 )
@@ -178,6 +193,26 @@ async def test_launch_that_fails_says_why(make_spec, monkeypatch, scenario, word
         monkeypatch.setattr(acrn, "LAUNCH_DEADLINE_S", 1.0)
     text = await refused(make_spec(scenario))
     assert words in text
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no /dev/net/tun")
+@pytest.mark.parametrize("scenario", ["", "no-tap"])
+async def test_tap_is_opened_by_name_and_ours_again(make_spec, scenario):
+    tap = make_tap_elsewhere()
+    namespace = namespace_of(tap)
+    net = NetDevice(id="n", mac="02:00:00:00:00:01", tap_fds=(tap,), mtu=1500)
+    spec = make_spec(scenario, devices=(net, Rng()), network_namespace=namespace)
+    try:
+        if scenario:
+            assert "cannot be controlled: VMM command open tap tap0" in await refused(spec)
+        else:
+            async with running(spec) as machine:
+                await says(machine, "tap0 is opened for 02:00:00:00:00:01")
+                assert machine.addresses["n"].pci_path == "03"
+                assert check_tap("acrn-dm", net)[0] == "tap0"
+    finally:
+        os.close(tap)
+        os.close(namespace)
 
 
 @pytest.mark.kvm

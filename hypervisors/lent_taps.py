@@ -47,7 +47,8 @@ class _Lent:
 class LentTaps:
     """The taps of one machine: `lend` each, then `take_back` all, or `abandon` them."""
 
-    def __init__(self, network_namespace: int | None) -> None:
+    def __init__(self, vmm: str, network_namespace: int | None) -> None:
+        self._vmm = vmm
         self._namespace = network_namespace
         self._lent: list[_Lent] = []
 
@@ -58,7 +59,7 @@ class LentTaps:
             PreconditionFailed: as `check_tap`, or the kernel refused.
         """
         fd = device.tap_fds[0]
-        name, flags = check_tap(device)
+        name, flags = check_tap(self._vmm, device)
         try:
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             try:
@@ -107,7 +108,7 @@ class LentTaps:
             fcntl.ioctl(lent.fd, _TUNSETPERSIST, 0)
 
 
-def check_tap(device: NetDevice) -> tuple[str, int]:
+def check_tap(vmm: str, device: NetDevice) -> tuple[str, int]:
     """The name and flags of an interface's tap.
 
     Raises:
@@ -120,13 +121,13 @@ def check_tap(device: NetDevice) -> tuple[str, int]:
     number = os.fstat(device.tap_fds[0]).st_rdev
     if (os.major(number), os.minor(number)) != _TUN_DEVICE:
         raise refuse(
-            "Firecracker opens taps by name, and this is none (a macvtap?)",
+            f"{vmm} opens taps by name, and this is none (a macvtap?)",
             'set internetworking_model = "tcfilter"',
         )
     answer = fcntl.ioctl(device.tap_fds[0], _TUNGETIFF, _IFREQ.pack(b"", 0))
     name, flags = _IFREQ.unpack(answer)
     if len(device.tap_fds) > 1 or flags & _IFF_MULTI_QUEUE:
-        raise refuse("Firecracker's interfaces have one queue", "set network_queues = 1")
+        raise refuse(f"{vmm}'s interfaces have one queue", "set network_queues = 1")
     return name.rstrip(b"\0").decode("ascii", "replace"), flags
 
 

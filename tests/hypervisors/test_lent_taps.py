@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from hypervisors.errors import ControlError, PreconditionFailed
-from hypervisors.fc_taps import LentTaps, check_tap
+from hypervisors.lent_taps import LentTaps, check_tap
 from hypervisors.machine import NetDevice
 from tests.harness.limitations import documented
 
@@ -94,7 +94,7 @@ def links(namespace):
 
 
 def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespace):
-    taps = LentTaps(namespace)
+    taps = LentTaps("Firecracker", namespace)
     name = taps.lend(device(tap))
     assert name == "tap0"
     opener = Opener(namespace, name)
@@ -102,7 +102,7 @@ def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespac
         assert opener.has_opened
         taps.take_back(opener.pid)
         # The same descriptor, of the tap again.
-        assert check_tap(device(tap))[0] == "tap0"
+        assert check_tap("Firecracker", device(tap))[0] == "tap0"
         taps.abandon()
         assert "tap0" in links(namespace)
     finally:
@@ -115,7 +115,7 @@ def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespac
 
 
 def test_tap_of_a_vmm_that_never_opened_it_is_taken_away(tap, namespace):
-    taps = LentTaps(namespace)
+    taps = LentTaps("Firecracker", namespace)
     taps.lend(device(tap))
     assert "tap0" in links(namespace)
     with pytest.raises(ControlError, match=f"process {os.getpid()} has no tap tap0"):
@@ -130,4 +130,4 @@ def test_interface_with_several_queues_is_refused(tap):
         "network device …: Firecracker's interfaces have one queue; set network_queues = 1"
     )
     with pytest.raises(PreconditionFailed, match=text):
-        check_tap(device(tap, tap))
+        check_tap("Firecracker", device(tap, tap))
