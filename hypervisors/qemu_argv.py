@@ -161,6 +161,16 @@ def build_command(spec: MachineSpec, host: HostSide) -> QemuCommand:
     return QemuCommand(argv=tuple(argv), pass_fds=table.pass_fds, addresses=addresses)
 
 
+def possible_vcpus(count: int, accelerator: str) -> int:
+    """How many vCPUs QEMU is to make room for, if the guest may have so many.
+
+    For an emulated guest never one: QEMU then leaves memory barriers and locked instructions out
+    of what it makes of the guest's code, though the daemons work on its rings at the same time.
+    Source: QEMU accel/tcg/tcg-accel-ops-mttcg.c, `max_cpus > 1`; tcg/tcg-op.c `tcg_gen_mb`.
+    """
+    return count if accelerator == "kvm" else max(2, count)
+
+
 def _machine_arguments(spec: MachineSpec, host: HostSide, board: Board) -> list[str]:
     memory = f"size={spec.memory_mib}M"
     if board.takes_devices and spec.max_memory_mib > spec.memory_mib:
@@ -175,7 +185,7 @@ def _machine_arguments(spec: MachineSpec, host: HostSide, board: Board) -> list[
         "-sandbox", SANDBOX,
         "-machine", f"{board.name},accel={host.accelerator},memory-backend=mem,{board.flags}",
         "-cpu", KVM_CPU if host.accelerator == "kvm" else TCG_CPU,
-        "-smp", f"cpus={spec.vcpus},maxcpus={max_vcpus}",
+        "-smp", f"cpus={spec.vcpus},maxcpus={possible_vcpus(max_vcpus, host.accelerator)}",
         "-m", memory,
         "-object", quote_json(backend),
         "-bios", "qboot.rom",

@@ -118,6 +118,12 @@ def test_emulation_only_parameters_never_reach_a_kvm_guest():
     assert "host,pmu=off" in argv
 
 
+def test_emulated_machine_has_room_for_a_second_vcpu():
+    for accelerator, maximum in (("tcg", 2), ("kvm", 1)):
+        spec, host = replace(SPEC, max_vcpus=1), replace(HOST, accelerator=accelerator)
+        assert f"cpus=1,maxcpus={maximum}" in build_command(spec, host).argv
+
+
 def test_machine_that_cannot_grow_has_no_memory_slots():
     argv = build_command(replace(SPEC, max_memory_mib=256), replace(HOST, initrd_fd=None)).argv
     assert "size=256M" in argv
