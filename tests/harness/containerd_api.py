@@ -270,8 +270,9 @@ class EventLog:
         )
         request = MESSAGES["PublishRequest"](topic=_SUBSCRIBED)
         request.event.type_url = "kata.test.Subscribed"
-        for _ in range(100):
-            publish(request, metadata=(("containerd-namespace", self._namespace),), timeout=5)
+        metadata = (("containerd-namespace", self._namespace),)
+        for _ in range(600):
+            publish(request, metadata=metadata, timeout=patient(30))
             try:
                 self._queue.get(timeout=0.05)
             except queue.Empty:

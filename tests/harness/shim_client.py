@@ -30,7 +30,7 @@ class ShimRefused(Exception):
 class ShimClient:
     """One connection to a shim. Use as a context manager."""
 
-    def __init__(self, path: Path, *, timeout_s: float = 10) -> None:
+    def __init__(self, path: Path, *, timeout_s: float = 30) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(patient(timeout_s))
         self._socket.connect(str(path))

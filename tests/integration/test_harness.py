@@ -36,7 +36,7 @@ def background(node: Node, *argv: str) -> Iterator[None]:
         for found in node.processes():
             if found.parent == 0 and found.comm == "python3":
                 node.signal(found.pid, "KILL")
-        process.wait(5)
+        process.wait(30)
 
 
 def listen(node: Node, name: str) -> contextlib.AbstractContextManager[object]:
