@@ -21,7 +21,7 @@ from tests.hypervisors.test_qemu_argv import HOST, SPEC, comparable
 MICROVM = replace(SPEC, machine_type="microvm")
 GOLDEN = r"""
 -machine microvm,accel=tcg,memory-backend=mem,pit=off,pic=off,rtc=on,acpi=on
--smp cpus=1,maxcpus=1
+-smp cpus=1,maxcpus=2
 -m size=256M
 -global virtio-mmio.force-legacy=false
 -device {"driver":"pvpanic","id":"pvpanic"}
