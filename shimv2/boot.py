@@ -26,6 +26,7 @@ from agent_proto.errors import AgentError, AgentMisbehaved, AgentTimeout
 from agent_proto.readiness import ReadinessListener
 from agent_proto.vsock import LONGEST_PAUSE_S, dial, dial_until
 from hypervisors.machine import MachineSpec, Rng, SharedDirectory, VmExit
+from shimv2 import host_process
 from shimv2.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from shimv2.failure import WAITING
 from shimv2.guest_vsock import GuestVsock
@@ -56,7 +57,8 @@ _REPORT_PATIENCE_S: Final = 15.0
 _LATE_REPORT_S: Final = 0.5
 # How long the loss of one part waits for the VMM's own end, which explains it better.
 _BETTER_REASON_S: Final = 0.3
-# The same where a daemon went in order: its VMM has hung up, which is on its own way out.
+# The same where the VMM is on its way out, which takes a large one a while; a daemon that went in
+# order says so as well, because its VMM has hung up.
 _HUNG_UP_S: Final = 3.0
 _STOP_DEADLINE_S: Final = 5.0
 _TAIL_LINES: Final = 20
@@ -413,7 +415,7 @@ class Machine:
             with trio.move_on_after(_BETTER_REASON_S):
                 await self.vm.wait_exited()
                 return
-            if self._vmm_hung_up:
+            if self._vmm_hung_up or host_process.is_ending(self.vm.pid):
                 with trio.move_on_after(_HUNG_UP_S):
                     await self.vm.wait_exited()
                     return

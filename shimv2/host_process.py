@@ -8,6 +8,7 @@ import signal
 import time
 
 _DEAD = (b"Z", b"X")
+_PF_EXITING = 0x4
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -34,6 +35,15 @@ def is_alive(pid: int, start_time: int) -> bool:
     """Say whether this very process still runs; a zombie is dead."""
     fields = _stat_fields(pid)
     return bool(fields) and fields[0] not in _DEAD and int(fields[19]) == start_time
+
+
+def is_ending(pid: int) -> bool:
+    """Say whether the process is on its way out, its memory and descriptors not all given back.
+
+    Source: Linux include/linux/sched.h PF_EXITING; proc(5) /proc/pid/stat field 9.
+    """
+    fields = _stat_fields(pid)
+    return bool(fields) and (fields[0] in _DEAD or bool(int(fields[6]) & _PF_EXITING))
 
 
 def _stat_fields(pid: int) -> list[bytes]:

@@ -321,3 +321,10 @@ def test_a_mount_outside_of_the_sandbox_is_never_unmounted(tmp_path, monkeypatch
     problems = journal.replay(str(tmp_path / "journal"))
     assert unmounted == [f"{tmp_path}/mounts"]
     assert "not of this sandbox" in problems[0]
+
+
+def test_process_that_is_not_reaped_is_ending_and_a_living_one_is_not() -> None:
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert host_process.is_ending(child.pid)
+    assert not host_process.is_ending(os.getpid())

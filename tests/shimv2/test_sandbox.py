@@ -14,6 +14,7 @@ import trio.testing
 from agent_proto.pb import agent_pb2
 from hypervisors.errors import LaunchFailed, PreconditionFailed
 from hypervisors.machine import HybridVsock
+from shimv2 import host_process
 from shimv2.config import AgentConfig, HypervisorConfig, RuntimeConfig
 from shimv2.host_resources import HostResources
 from shimv2.pb import containerd_process_pb2 as process_pb
@@ -449,6 +450,21 @@ async def test_a_daemon_that_goes_in_order_waits_for_the_end_of_its_vmm(tmp_path
         assert (await shim.wait()).exit_status == 137
         failed = shim.log.named("sandbox failed")
         assert "the guest powered off" in str(failed[0]["reason"])
+
+
+async def test_a_lost_agent_waits_for_the_end_of_a_vmm_that_is_on_its_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_process, "is_ending", lambda pid: pid == shim.machine.pid)
+    async with ShimBench(tmp_path).running() as shim:
+        shim.agent.program(SLEEP)
+        await shim.run()
+        shim.agent.wire.drop()
+        await trio.sleep(0.5)  # what a large VMM needs to give its memory back
+        shim.machine.die("was killed by SIGKILL")
+        assert (await shim.wait()).exit_status == 137
+        failed = shim.log.named("sandbox failed")
+        assert "was killed by SIGKILL" in str(failed[0]["reason"])
 
 
 async def test_a_launch_that_fails_says_why_though_its_daemons_end_first(tmp_path: Path) -> None:
