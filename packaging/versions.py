@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,8 @@ from typing import Final
 # Source: linux/fs.h RENAME_EXCHANGE, linux/fcntl.h AT_FDCWD
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
+# A digest, or what an installation without versions became.
+_SUFFIX: Final = r"-([0-9a-f]{12}|earlier)(\.\d+)?"
 
 
 def put(scratch: Path, library: Path) -> None:
@@ -40,8 +43,11 @@ def put(scratch: Path, library: Path) -> None:
         before = earlier.name
     else:
         link.replace(library)
-    for other in library.parent.glob(f"{library.name}-*"):
-        if other.name not in (version.name, before) and not _is_in_use(other.name):
+    ours = re.compile(re.escape(library.name) + _SUFFIX)
+    for other in library.parent.iterdir():
+        if not ours.fullmatch(other.name) or other.name in (version.name, before):
+            continue
+        if not _is_in_use(other.resolve()):
             shutil.rmtree(other)
 
 
@@ -72,7 +78,7 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def _is_in_use(name: str) -> bool:
+def _is_in_use(version: Path) -> bool:
     """Tell whether a process has mapped a file of this version: each shim has its extensions.
 
     One that can't be looked into is no shim's: who may replace the library may look into those.
@@ -82,6 +88,6 @@ def _is_in_use(name: str) -> bool:
             maps = (process / "maps").read_text(errors="replace")
         except OSError:
             continue  # it has ended, or see above
-        if f"/{name}/" in maps:
+        if f" {version}/" in maps:
             return True
     return False

@@ -68,7 +68,7 @@ def run(script: str, path: Path) -> subprocess.Popen[str]:
 def test_nobody_finds_the_library_missing(put: Callable[[str], Path], tmp_path: Path) -> None:
     put("0")
     with run(WATCH, tmp_path / "lib/module.py") as watcher:
-        for number in range(1, 50):
+        for number in range(1, 20):
             put(str(number))
         assert watcher.communicate("stop")[0].strip() == "0"
 
@@ -92,8 +92,10 @@ def test_version_that_somebody_runs_stays(put: Callable[[str], Path], tmp_path: 
         put("4")
         assert (first / "module.py").read_text() == "1"
         shim.communicate("")
+    others = tmp_path / "lib-of-somebody-else"
+    others.mkdir()
     last = [put("5"), put("6")]
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "lib", *last])
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "lib", others, *last])
 
 
 def test_same_content_again_is_a_version_of_its_own(
