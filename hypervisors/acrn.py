@@ -74,6 +74,7 @@ class Acrn:
             # Without ports it is them that have to be set.
             instead=acrn_check.INSTEAD if spec.hotplug_ports > 0 else "",
             block_unplug=False,
+            opens_taps=True,
         )
 
     def check(self, spec: MachineSpec) -> None:
@@ -92,7 +93,7 @@ class Acrn:
             console.setblocking(False)
             undo.callback(close_socket, console)
             taps = LentTaps("acrn-dm", spec.network_namespace)
-            undo.callback(taps.abandon)
+            undo.push_async_callback(taps.abandon)
             with theirs, contextlib.ExitStack() as passed, _listen(directory) as listener:
                 table: dict[int, int] = {}
                 host = _open_host_side(spec, directory, leases, taps, table, passed)

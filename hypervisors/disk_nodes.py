@@ -97,6 +97,16 @@ class DiskNodes:
         if self._account is not None:
             os.fchown(self._fd, -1, self._account.gid)
 
+    def put(self, name: str, content: bytes) -> None:
+        """Make a file that the VMM may write to, in as little room as there is. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=self._fd)
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(content)
+            if self._account is not None:
+                os.fchown(fd, -1, self._account.gid)
+            os.fchmod(fd, 0o660)
+
     @contextlib.contextmanager
     def exposed(self, device: BlockDevice, lease: Lease) -> Iterator[str]:
         """Show a leased disk to the VMM as a node, whose name this gives, while the block lasts.
@@ -104,8 +114,6 @@ class DiskNodes:
         Raises:
             PreconditionFailed: no loop device for an image file.
         """
-        if self._fd < 0:
-            self._open()
         status = os.fstat(lease.fd)
         with contextlib.ExitStack() as stack:
             number = status.st_rdev

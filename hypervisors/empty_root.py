@@ -84,7 +84,7 @@ async def _change_root(name: str, pid: int, steps: Steps) -> None:
                 _work_and_exit(pid, far, steps)
         finally:
             os.close(far)
-        said = await _collect(helper, answer)
+        said = await collect(helper, answer)
     finally:
         os.close(answer)
     if said != b"done":
@@ -93,7 +93,11 @@ async def _change_root(name: str, pid: int, steps: Steps) -> None:
         raise LaunchFailed(name, f"could not be kept from the host's files ({why})", ())
 
 
-async def _collect(helper: int, answer: int) -> bytes:
+async def collect(helper: int, answer: int) -> bytes:
+    """What a forked child has written to the pipe `answer` before its end, which is enforced.
+
+    Shielded: the child is reaped in any case.
+    """
     pidfd = os.pidfd_open(helper)
     try:
         with trio.move_on_after(DEADLINE_S, shield=True):

@@ -15,7 +15,6 @@ import trio
 from . import fc_config, spec_check
 from .disk_lease import lease
 from .errors import ControlError, ControlLost, HttpRejected, PreconditionFailed, Unsupported
-from .fc_room import PLACEHOLDER
 from .http_api import REQUEST_TIMEOUT_S
 from .machine import BlockDevice, GuestAddress
 
@@ -99,7 +98,7 @@ class FcDevices:
             slot = self._plugged.get(device_id)
             if slot is None:
                 raise KeyError(device_id)
-            await self._patch(slot, self._placeholder())
+            await self._patch(slot, self._room.placeholder)
             del self._plugged[device_id], self.addresses[device_id]
             self._free.append(slot)
             self._leases.pop(device_id).close()
@@ -173,12 +172,9 @@ class FcDevices:
 
     async def _take_back(self, slot: Slot) -> None:
         try:
-            await self._patch(slot, self._placeholder(), timeout_s=UNDO_DEADLINE_S)
+            await self._patch(slot, self._room.placeholder, timeout_s=UNDO_DEADLINE_S)
         except ControlError:
             return  # the VMM answers nothing: the caller's error says so
-
-    def _placeholder(self) -> str:
-        return f"{self._room.inside}/{PLACEHOLDER}"
 
     async def _patch(self, slot: Slot, path: str, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         body: fc_config.Body = {"drive_id": slot.drive_id, "path_on_host": path}

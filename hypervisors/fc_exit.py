@@ -35,6 +35,8 @@ CODES: Final[Mapping[int, str]] = {
     156: "SIGHUP",
     157: "SIGILL",
 }
+# The counters are 64 bits wide: what is more is no Firecracker's, and costs time to write down.
+_MAX_COUNT: Final = (1 << 64) - 1
 # Counters of the metrics that explain an end, and what they count.
 # Source: Firecracker v1.16, src/vmm/src/logger/metrics.rs.
 FAULTS: Final[Mapping[tuple[str, str], str]] = {
@@ -70,7 +72,7 @@ def faults(line: bytes) -> dict[str, int]:
     for (group, name), words in FAULTS.items():
         counters = metrics.get(group)
         count = counters.get(name) if isinstance(counters, dict) else None
-        if isinstance(count, int) and count > 0:
+        if isinstance(count, int) and 0 < count <= _MAX_COUNT:
             found[words] = count
     return found
 

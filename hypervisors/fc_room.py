@@ -1,10 +1,11 @@
 """Where a Firecracker lives: its jail, or, where there is no jailer, what it gets instead of one.
 
-    <run_dir>/fc/                     0700, the VMM's user: sockets, fifos, and, unjailed, disks/
+    <run_dir>/fc/                     the VMM's user's until the guest runs, then root's:
+                                          sockets, fifos, and, unjailed, disks/
     <run_dir>/fc-jail/                jailed: a file system of its own, because /run allows neither
         <program>/<id>/root/              programs nor devices
             kernel, initrd            the host's files, bound
-            disks/                    nodes, each while the VMM opens it
+            disks/                    root's: nodes, each while the VMM opens it; the placeholder
             run/                      <run_dir>/fc, bound
 
 The jailer, which lies beside the program, makes the rest of the jail, becomes the VMM's user there
@@ -40,7 +41,7 @@ DISKS: Final = "disks"
 API_SOCKET: Final = "api.sock"
 LOG: Final = "log"
 METRICS: Final = "metrics"
-PLACEHOLDER: Final = "empty"
+PLACEHOLDER: Final = ".empty"  # as no device is called
 _FIRST_FD: Final = 3
 # Kernel-held, freed with the jail: a copy of the program and names. Upstream's has 3 MiB.
 _JAIL_OPTIONS: Final = b"mode=0700,size=64m,nr_inodes=256"
@@ -60,7 +61,7 @@ class Room:
 
     `argv` runs the VMM, with `pass_fds`, as `account` and in `namespaces`. `inside` is where it
     finds `directory`, `disks_inside` where what `nodes` shows; without nodes it opens disks where
-    they lie.
+    they lie. `placeholder` is what it finds in an empty slot.
     """
 
     directory: VmmDirectory
@@ -69,6 +70,7 @@ class Room:
     initrd: str | None
     nodes: DiskNodes | None
     disks_inside: str
+    placeholder: str
     argv: list[str]
     account: Account | None
     is_jailed: bool
@@ -126,15 +128,19 @@ def build(spec: MachineSpec, undo: contextlib.AsyncExitStack) -> Room:
     account = account_of(spec)
     directory = VmmDirectory.create(spec.run_dir, DIRECTORY, account)
     undo.callback(directory.remove)
-    placeholder = directory.path / PLACEHOLDER
-    placeholder.write_bytes(bytes(fc_config.PLACEHOLDER_BYTES))
-    directory.give(placeholder)
     jailer = find_jailer(spec)
     if jailer is None:
         room = _unjailed(spec, directory, account, undo)
     else:
         room = _jailed(spec, jailer, directory, account, undo)
     undo.callback(room.until_started.close)
+    content = bytes(fc_config.PLACEHOLDER_BYTES)
+    if room.nodes is not None:
+        # Where little fits: a VMM that was taken over could let it grow.
+        room.nodes.put(PLACEHOLDER, content)
+    else:
+        (directory.path / PLACEHOLDER).write_bytes(content)
+        directory.give(directory.path / PLACEHOLDER)
     return room
 
 
@@ -177,6 +183,7 @@ def _unjailed(
         initrd=give(spec.initrd, os.O_RDONLY) if spec.initrd is not None else None,
         nodes=nodes,
         disks_inside=f"{inside}/{DISKS}",
+        placeholder=f"{inside}/{DISKS if nodes else '.'}/{PLACEHOLDER}",
         argv=[str(spec.binary), "--id", _id(spec), *_arguments(inside)],
         account=account,
         is_jailed=False,
@@ -202,8 +209,10 @@ def _jailed(
     undo.callback(os.rmdir, base)
     _mount(b"jail", base, b"tmpfs", _MS_NOSUID, _JAIL_OPTIONS)
     undo.callback(_unmount, base)
-    (root / DISKS).mkdir(parents=True)
-    (root / "run").mkdir()
+    (root / "run").mkdir(parents=True)
+    nodes = DiskNodes(root / DISKS, account)
+    nodes.make()
+    undo.callback(nodes.close)
     _mount(os.fsencode(directory.path), root / "run", None, _MS_BIND)
     undo.callback(_unmount, root / "run")
     shown = contextlib.ExitStack()
@@ -228,8 +237,9 @@ def _jailed(
         inside="/run",
         kernel="/kernel",
         initrd="/initrd" if spec.initrd is not None else None,
-        nodes=DiskNodes(root / DISKS, account),
+        nodes=nodes,
         disks_inside=f"/{DISKS}",
+        placeholder=f"/{DISKS}/{PLACEHOLDER}",
         argv=argv,
         account=None,  # the jailer changes to it
         is_jailed=True,

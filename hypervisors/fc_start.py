@@ -150,7 +150,7 @@ async def _configure(machine: Starting, api: HttpApi) -> None:
             initrd=room.initrd,
             vsock=f"{room.inside}/{SOCKET_NAME}",
             metrics=f"{room.inside}/{fc_room.METRICS}",
-            placeholder=f"{room.inside}/{fc_room.PLACEHOLDER}",
+            placeholder=room.placeholder,
             images=_show_disks(machine, shown),
             taps={
                 device.id: machine.taps.lend(device)
@@ -162,6 +162,8 @@ async def _configure(machine: Starting, api: HttpApi) -> None:
             await ask("PUT", request.target, request.body)
         # It has opened all taps, and no guest runs yet that could have changed which.
         machine.taps.take_back(machine.child.pid)
+        # It listens where it is to listen, too.
+        room.directory.seal()
         await ask("PUT", "/actions", {"action_type": "InstanceStart"})
 
 

@@ -67,6 +67,7 @@ class Firecracker:
             max_vcpus=fc_config.MAX_VCPUS,
             memory_step_mib=1,
             power_off=False,
+            opens_taps=True,
             # Without slots it is the number of slots that an operator has to set.
             instead="another VMM ([hypervisor.qemu])" if spec.hotplug_ports > 0 else "",
         )
@@ -103,7 +104,7 @@ class Firecracker:
                 if isinstance(device, HybridVsock):
                     room.directory.admit_listeners(device)
             taps = LentTaps("Firecracker", spec.network_namespace)
-            undo.callback(taps.abandon)
+            undo.push_async_callback(taps.abandon)
             console, child = await _spawn(spec, room, record, undo)
             devices = FcDevices(spec, room)
             undo.callback(devices.close)

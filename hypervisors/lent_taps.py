@@ -14,9 +14,10 @@ import fcntl
 import os
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from . import child_exec
+from .empty_root import collect
 from .errors import ControlError, PreconditionFailed
 
 if TYPE_CHECKING:
@@ -94,14 +95,15 @@ class LentTaps:
                 raise ControlError(f"open tap {lent.name}", str(error)) from error
             self._lent.remove(lent)
 
-    def abandon(self) -> None:
-        """Take away what is still lent, when the VMM is dead. Idempotent.
+    async def abandon(self) -> None:
+        """Take away what is still lent, when the VMM is dead. Idempotent; shielded, and bounded.
 
         A namespace that is gone has taken its taps along.
         """
-        if self._lent and self._namespace is not None:
-            _remove([(lent.name, lent.flags) for lent in self._lent], self._namespace)
+        lent = [(one.name, one.flags) for one in self._lent]
         self._lent.clear()
+        if lent and self._namespace is not None:
+            await _remove(lent, self._namespace)
 
     def _let_go(self, lent: _Lent) -> None:
         if not lent.flags & _IFF_PERSIST:  # else it is somebody else's, who keeps it
@@ -155,21 +157,31 @@ def _copy(pid: int, number: int) -> int:
         os.close(pidfd)
 
 
-def _remove(taps: list[tuple[str, int]], namespace: int) -> None:
+async def _remove(taps: list[tuple[str, int]], namespace: int) -> None:
     """Let taps go that nobody holds. By a child: the caller stays in its own namespace."""
     child_exec.prepare()
-    pid = os.fork()
-    if pid == 0:
+    answer, far = os.pipe2(os.O_CLOEXEC)
+    try:
         try:
-            child_exec.leave_parent(keep=namespace)
-            ctypes.CDLL(None).setns(namespace, _CLONE_NEWNET)
+            helper = os.fork()
+            if helper == 0:
+                _remove_and_exit(taps, namespace)
+        finally:
+            os.close(far)
+        await collect(helper, answer)
+    finally:
+        os.close(answer)
+
+
+def _remove_and_exit(taps: list[tuple[str, int]], namespace: int) -> NoReturn:
+    try:
+        child_exec.leave_parent(keep=namespace)
+        if ctypes.CDLL(None).setns(namespace, _CLONE_NEWNET) == 0:
             for name, flags in taps:
                 with contextlib.suppress(OSError):
                     fd = os.open(_TUN, os.O_RDWR)
                     fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags & _TUN_FLAGS))
                     fcntl.ioctl(fd, _TUNSETPERSIST, int(bool(flags & _IFF_PERSIST)))
                     os.close(fd)
-        finally:
-            os._exit(0)
-    # A handful of system calls of a child that waits for nobody.
-    os.waitpid(pid, 0)
+    finally:
+        os._exit(0)

@@ -62,7 +62,8 @@ def test_crash_names_what_the_metrics_counted_and_other_ends_do_not():
 @pytest.mark.parametrize(
     "line",
     [b"", b"{", b"[]", b"3", b'{"seccomp": 1}', b'{"seccomp": {"num_faults": "1"}}', b"[" * 4000,
-     b'{"seccomp": {"num_faults": -1}}', b"\xff{}"],
+     b'{"seccomp": {"num_faults": -1}}', b"\xff{}",
+     b'{"seccomp": {"num_faults": 1%s}}' % (b"0" * 4000)],
 )  # fmt: skip
 def test_metrics_of_a_vmm_that_was_taken_over_say_nothing(line):
     assert faults(line) == {}

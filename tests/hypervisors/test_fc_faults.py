@@ -129,9 +129,10 @@ async def test_machine_is_described_and_started_and_its_sockets_are_where_they_b
             assert sorted(machine.addresses) == ["rng", "vsock"]
             # Nobody else finds the API.
             assert sorted(os.listdir(run / "fc")) == [
-                "disks", "empty", "log", "metrics", "v.sock", "v.sock_1030",
+                "disks", "log", "metrics", "v.sock", "v.sock_1030",
             ]  # fmt: skip
             assert os.stat(run / "fc").st_mode & 0o777 == 0o700
+            assert os.listdir(run / "fc" / "disks") == [fc_room.PLACEHOLDER]
             with socket.socket(socket.AF_UNIX) as to_guest:
                 to_guest.connect(str(tmp_path / "uds"))
             with socket.socket(socket.AF_UNIX) as from_guest:
@@ -271,7 +272,7 @@ async def test_disk_of_a_refused_request_is_free_again(make_spec, monkeypatch, d
         request = HttpApi.request
 
         async def failing(self, method, target, body=None, **options):
-            if method == "PATCH" and not body["path_on_host"].endswith("/empty"):
+            if method == "PATCH" and not body["path_on_host"].endswith(fc_room.PLACEHOLDER):
                 raise ControlError(target, "no answer")
             return await request(self, method, target, body, **options)
 
@@ -392,6 +393,18 @@ async def test_jail_holds_the_hosts_files_and_the_sockets_and_leaves_nothing(mak
     assert "firecracker exited with 3 before it was ready" in said
     # The last lines: what lies in the jail, and that the kernel cannot be written there.
     assert "touch: cannot touch 'kernel': Read-only file system" in said
+
+
+async def test_disks_of_a_jail_are_where_its_user_can_make_nothing(make_spec, tmp_path):
+    jailer = tmp_path / "in" / "jailer"
+    jailer.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --chroot-base-dir ]; do shift; done\n'
+        f"cd $2/*/m/root/disks && stat -c '%u %a %n' . {fc_room.PLACEHOLDER} >&2; exit 3\n"
+    )
+    jailer.chmod(0o755)
+    said = await refused(make_spec(unprivileged=True))
+    assert "0 710 ." in said
+    assert f"0 660 {fc_room.PLACEHOLDER}" in said
 
 
 async def test_directory_left_by_an_earlier_machine_is_made_anew(make_spec, tmp_path):

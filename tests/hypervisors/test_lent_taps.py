@@ -93,7 +93,7 @@ def links(namespace):
         return {line.partition(":")[0].strip() for line in stream if ":" in line}
 
 
-def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespace):
+async def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespace):
     taps = LentTaps("Firecracker", namespace)
     name = taps.lend(device(tap))
     assert name == "tap0"
@@ -103,7 +103,7 @@ def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespac
         taps.take_back(opener.pid)
         # The same descriptor, of the tap again.
         assert check_tap("Firecracker", device(tap))[0] == "tap0"
-        taps.abandon()
+        await taps.abandon()
         assert "tap0" in links(namespace)
     finally:
         opener.end()
@@ -114,14 +114,14 @@ def test_tap_is_the_vmms_by_name_ours_again_and_gone_with_the_last(tap, namespac
     assert "tap0" not in links(namespace)
 
 
-def test_tap_of_a_vmm_that_never_opened_it_is_taken_away(tap, namespace):
+async def test_tap_of_a_vmm_that_never_opened_it_is_taken_away(tap, namespace):
     taps = LentTaps("Firecracker", namespace)
     taps.lend(device(tap))
     assert "tap0" in links(namespace)
     with pytest.raises(ControlError, match=f"process {os.getpid()} has no tap tap0"):
         taps.take_back(os.getpid())
-    taps.abandon()
-    taps.abandon()
+    await taps.abandon()
+    await taps.abandon()
     assert "tap0" not in links(namespace)
 
 
