@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .qemu_board import Board
 
 # To its first answer QEMU takes 0.05 s alone, and as long as the slowest daemon behind a device.
-LAUNCH_DEADLINE_S: Final = 15.0
+LAUNCH_DEADLINE_S: Final = 30.0
 # A daemon binds and listens in two steps, with nothing to wait for in between.
 CONNECT_DEADLINE_S: Final = 2.0
 CONNECT_RETRY_S: Final = 0.005
