@@ -38,6 +38,8 @@ class FcDevices:
         self._api: HttpApi | None = None
         self._room = room
         self._leases: dict[str, Lease] = {}
+        # Of disks that the VMM may have, or not: then they are the machine's to its end.
+        self._lost: list[Lease] = []
         self._plugged: dict[str, Slot] = {}
         # The one that is empty for longest is filled first: the guest may still be learning that
         # another was emptied.
@@ -62,6 +64,8 @@ class FcDevices:
         """Let other machines have the disks. Idempotent."""
         while self._leases:
             self._leases.popitem()[1].close()
+        while self._lost:
+            self._lost.pop().close()
 
     async def attach(self, device: Device) -> GuestAddress:
         """See `VirtualMachine.attach`."""
@@ -84,7 +88,10 @@ class FcDevices:
                 _check_size(device, leased)
                 await self._fill(slot, device, leased)
             except BaseException:
-                leased.close()
+                if slot in self._free:
+                    leased.close()
+                else:
+                    self._lost.append(leased)
                 raise
             self._free.remove(slot)
             self._leases[device.id] = leased
@@ -164,17 +171,19 @@ class FcDevices:
         except HttpRejected:
             raise
         except BaseException:
-            # Whether it took its place is not known. If the deadline fires, the file stays the
-            # VMM's until the machine ends.
-            with trio.move_on_after(UNDO_DEADLINE_S, shield=True):
-                await self._take_back(slot)
+            # Whether it took its place is not known.
+            with trio.CancelScope(shield=True):
+                if not await self._take_back(slot):
+                    self._free.remove(slot)
             raise
 
-    async def _take_back(self, slot: Slot) -> None:
+    async def _take_back(self, slot: Slot) -> bool:
+        """Have the placeholder in a slot again; False when the VMM doesn't say so. Bounded."""
         try:
             await self._patch(slot, self._room.placeholder, timeout_s=UNDO_DEADLINE_S)
         except ControlError:
-            return  # the VMM answers nothing: the caller's error says so
+            return False  # the caller's error says why
+        return True
 
     async def _patch(self, slot: Slot, path: str, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         body: fc_config.Body = {"drive_id": slot.drive_id, "path_on_host": path}

@@ -17,12 +17,15 @@ CHUNK_BYTES: Final = 65536
 KEPT_BYTES: Final = 8192
 # One turn takes a full fifo; more is left to the next.
 CHUNKS_A_TURN: Final = 4
+# Of a chunk, the last so many lines are looked at: a VMM that was taken over could send thousands.
+LINES_A_CHUNK: Final = 16
 
 
 class FifoLines:
     """Makes the fifo and reads it: by `run` while its writer lives, by `drain` when it has ended.
 
-    `on_line` gets each complete line of at most `max_line` bytes; longer ones are passed over.
+    `on_line` gets each complete line of at most `max_line` bytes; longer ones are passed over, and
+    so are the first of very many that come at once.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class FifoLines:
             return
         self._partial += data
         *lines, rest = self._partial.split(b"\n")
+        if len(lines) > LINES_A_CHUNK:
+            lines, self._is_skipping = lines[-LINES_A_CHUNK:], False
         for line in lines:
             if not self._is_skipping and len(line) <= self._max_line:
                 self._on_line(bytes(line))

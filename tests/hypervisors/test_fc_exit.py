@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from hypervisors import fifo_lines
 from hypervisors.child import ChildExit
 from hypervisors.fc_exit import EndFacts, classify, faults
 from hypervisors.fifo_lines import FifoLines
@@ -93,3 +94,15 @@ async def test_fifo_gives_whole_lines_passes_over_long_ones_and_keeps_the_last(t
         fifo.close()
         fifo.close()
     fifo.drain()
+
+
+async def test_of_very_many_lines_at_once_the_last_are_looked_at(tmp_path):
+    lines: list[bytes] = []
+    fifo = FifoLines(tmp_path / "fifo", lines.append, max_line=10)
+    with (tmp_path / "fifo").open("wb", buffering=0) as writer:
+        writer.write(b"z" * 11)
+        fifo.drain()
+        writer.write(b"\n" + b"".join(b"%d\n" % number for number in range(100)))
+        fifo.drain()
+    fifo.close()
+    assert lines == [b"%d" % number for number in range(100)][-fifo_lines.LINES_A_CHUNK :]

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from hypervisors import accel, fc_config, fc_room, fc_start
+from hypervisors.disk_lease import lease
 from hypervisors.errors import (
     ControlError,
     LaunchFailed,
@@ -282,6 +283,27 @@ async def test_disk_of_a_refused_request_is_free_again(make_spec, monkeypatch, d
                 await machine.attach(device)
         assert sorted(machine.addresses) == ["rng"]
         await machine.attach(device)
+
+
+async def test_disk_that_the_vmm_may_have_stays_the_machines(make_spec, monkeypatch, disk):
+    device = BlockDevice(id="d", path=disk, read_only=False)
+    async with running(make_spec()) as machine:
+        request = HttpApi.request
+
+        async def failing(self, method, target, body=None, **options):
+            if method == "PATCH":
+                raise ControlError(target, "no answer")
+            return await request(self, method, target, body, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HttpApi, "request", failing)
+            with pytest.raises(ControlError, match="no answer"):
+                await machine.attach(device)
+        with pytest.raises(PreconditionFailed, match="in use by another device or machine"):
+            lease(device)
+        with pytest.raises(Unsupported, match="all 1 hot-plug ports are taken"):
+            await machine.attach(BlockDevice(id="e", path=disk, read_only=False))
+    lease(device).close()
 
 
 async def test_what_it_has_not_is_refused_before_anything_is_taken(make_spec, tmp_path):
