@@ -48,8 +48,6 @@ def test_launch_is_accepted_word_by_word_and_tells_the_version(vector):
     assert requests[start]["body"] == {"action_type": "InstanceStart"}
     assert {one["status"] for one in requests[1 : start + 1]} == {204}
     assert all(one["answer"] is None for one in requests[1 : start + 1])
-    # In its log: what the launch waits for.
-    assert any("Listening on API socket" in line for line in vector["log"])
 
 
 def test_recorded_end_is_judged_from_what_was_recorded(vector):
