@@ -6,12 +6,14 @@ Needs its program and KVM (`python -m tests.kvm_node`).
 from __future__ import annotations
 
 import pytest
+import trio
 
 from hypervisors import fc_room
-from hypervisors.machine import HybridVsock, Rng
+from hypervisors.machine import ExitKind, HybridVsock, Rng
 from tests.harness import vmm
 
 from . import machines
+from .machines import BOOT_DEADLINE_S, says
 
 pytestmark = [
     pytest.mark.e2e,
@@ -35,3 +37,13 @@ async def test_vmm_owns_no_directory_that_the_shim_works_in_once_it_runs(make_sp
             status = place.stat()
             assert (status.st_uid, status.st_gid) == (0, account.gid), place
             assert status.st_mode & 0o7777 == 0o710, place
+
+
+async def test_guest_that_is_asked_to_end_does_so(make_spec, records):
+    spec = make_spec(binary=vmm.find_program("firecracker"))
+    async with machines.running("firecracker", spec, records) as machine:
+        await says(machine, "GUEST-READY")
+        with trio.fail_after(BOOT_DEADLINE_S):
+            ending = await machine.shutdown(BOOT_DEADLINE_S)
+    assert ending.kind is ExitKind.CLEAN
+    assert any("Restarting system" in line for line in machine.console.tail(50))
