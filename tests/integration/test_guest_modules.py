@@ -18,6 +18,7 @@ _HOST_PROGRAMS = [
 ]
 
 
+@pytest.mark.needs("shared_directory")
 @pytest.mark.parametrize("program", ["iptables-legacy", "nft"])
 def test_firewall_rules_of_a_container_that_may_make_them(ctr: Ctr, program: str) -> None:
     if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin") is None:
@@ -48,6 +49,7 @@ def test_firewall_rules_of_a_container_that_may_make_them(ctr: Ctr, program: str
     ctr.remove(container)
 
 
+@pytest.mark.needs("shared_directory")
 def test_links_and_filesystems_of_a_privileged_container(ctr: Ctr) -> None:
     container = fresh_id("links")
     ctr.start(container, "sleep", "1000", options=["--privileged", *_HOST_PROGRAMS])

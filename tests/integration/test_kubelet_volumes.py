@@ -82,6 +82,7 @@ def test_empty_dir_in_memory_is_the_guests_and_the_pods(pod: Pod, volumes: PodVo
         pod.start("four", "sleep", "1000", options=bind(trap, "/trap"))
 
 
+@pytest.mark.needs("shared_directory")
 def test_empty_dir_on_disk_is_the_hosts(pod: Pod, volumes: PodVolumes) -> None:
     """kubelet counts what lies there, and evicts a pod that exceeds its sizeLimit."""
     data = volumes.empty_dir("data", group=2000)

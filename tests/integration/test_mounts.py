@@ -29,6 +29,7 @@ def bind(source: str, target: str, options: str = "rbind:rw") -> list[str]:
     return ["--mount", f"type=bind,src={source},dst={target},options={options}"]
 
 
+@pytest.mark.needs("shared_directory")
 def test_directory_and_file_are_shared_both_ways(ctr: Ctr, shared: Path) -> None:
     done = ctr.run(
         fresh_id("bind"),
@@ -43,6 +44,7 @@ def test_directory_and_file_are_shared_both_ways(ctr: Ctr, shared: Path) -> None
     assert (shared / "greeting").read_text() == "hello\nmore\n"
 
 
+@pytest.mark.needs("shared_directory")
 def test_what_the_host_writes_later_is_seen(ctr: Ctr, shared: Path) -> None:
     container = fresh_id("later")
     ctr.start(container, "sleep", "1000", options=bind("/tmp/shared", "/data"))
@@ -74,6 +76,7 @@ def test_missing_source_is_named(ctr: Ctr) -> None:
     ctr.remove(container)
 
 
+@pytest.mark.needs("shared_directory")
 def test_two_containers_share_a_directory_of_the_host(ctr: Ctr, shared: Path) -> None:
     options = bind("/tmp/shared", "/data")
     first, second = fresh_id("first"), fresh_id("second")

@@ -62,6 +62,7 @@ def test_process_settings_are_kept(ctr: Ctr) -> None:
     assert lines[5].startswith("drwxrwxrwt")
 
 
+@pytest.mark.needs("shared_directory")
 def test_rootfs_directory_is_used_in_place(node: Node, ctr: Ctr) -> None:
     write_rootfs(busybox_entries(), node.path("/tmp/root"))
     container = fresh_id("rootfs")

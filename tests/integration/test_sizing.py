@@ -38,6 +38,7 @@ def limits(cpus: float, mib: int) -> list[str]:
     return [*quota, "--memory-limit", str(mib * MIB)]
 
 
+@pytest.mark.needs("vcpu_hotplug", "memory_hotplug")
 def test_limits_size_the_vm_and_an_update_makes_it_grow(node: Node, ctr: Ctr) -> None:
     settings = f"[hypervisor.{NAME}]\ndefault_memory = 256\ndefault_maxvcpus = 4\n"
     with drop_in(node, settings), Tasks(node) as tasks:
@@ -76,6 +77,7 @@ def test_the_smallest_vm_runs_a_container_and_an_overhead_replaces_the_default(
         ctr.remove(container)
 
 
+@pytest.mark.needs("vcpu_hotplug", "memory_hotplug")
 def test_a_pods_vm_grows_with_the_containers_that_join_it(node: Node, ctr: Ctr) -> None:
     settings = (
         f"[hypervisor.{NAME}]\ndefault_memory = 256\ndefault_maxvcpus = 3\n"

@@ -63,6 +63,7 @@ FILES = {
 }
 
 
+@pytest.mark.needs("shared_directory")
 def test_files_of_every_kind_behave_in_a_volume_and_on_the_root(ctr: Ctr, volume: Path) -> None:
     os.chown(volume, 4711, 4712)
     volume.chmod(0o2777)
@@ -91,6 +92,7 @@ def test_files_of_every_kind_behave_in_a_volume_and_on_the_root(ctr: Ctr, volume
     ctr.remove(container)
 
 
+@pytest.mark.needs("shared_directory")
 def test_containers_of_a_pod_meet_in_a_volume(pod: Pod, volume: Path) -> None:
     """Locks, maps, sockets and inotify need one file system in the guest, not one a container."""
     options = [*PYTHON, *bind("/tmp/volume", "/data")]
@@ -112,6 +114,7 @@ def test_containers_of_a_pod_meet_in_a_volume(pod: Pod, volume: Path) -> None:
     assert pod.ctr.exec(two, "cat", "/data/late").stdout == "late\n"
 
 
+@pytest.mark.needs("shared_directory")
 def test_later_mounts_of_the_host_appear_as_the_volume_asks(
     ctr: Ctr, node: Node, volume: Path, kata_only: None
 ) -> None:
@@ -142,6 +145,7 @@ def test_later_mounts_of_the_host_appear_as_the_volume_asks(
     ctr.remove(container)
 
 
+@pytest.mark.needs("shared_directory")
 def test_read_only_volume_stays_so_for_a_privileged_container(
     ctr: Ctr, node: Node, volume: Path, kata_only: None
 ) -> None:
