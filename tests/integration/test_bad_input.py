@@ -42,7 +42,15 @@ def run_and_fail(ctr: Ctr) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("key", ["path", "kernel", "initrd", "virtio_fs_daemon"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "path",
+        "kernel",
+        "initrd",
+        pytest.param("virtio_fs_daemon", marks=pytest.mark.needs("shared_directory")),
+    ],
+)
 def test_missing_file_of_the_configuration_is_named(node: Node, ctr: Ctr, key: str) -> None:
     with changed_configuration(node, lambda text: with_value(text, key, '"/no/such/file"')):
         error = run_and_fail(ctr)

@@ -75,7 +75,10 @@ class Holder:
             "ip -6 route show table all; ip neigh show nud permanent; ip rule"
         )
         # What the carrier changes, which comes and goes on its own time.
-        timed = r"(expires|valid_lft|preferred_lft) \S+|state \S+|NO-CARRIER,|,LOWER_UP| linkdown"
+        timed = (
+            r"(expires|valid_lft|preferred_lft) \S+|state \S+|NO-CARRIER,|,LOWER_UP| linkdown"
+            r"| tentative"
+        )
         return "\n".join(sorted(re.sub(timed, "", shown).splitlines()))
 
     def close(self) -> None:
