@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from . import acrn_argv
-from .acrn_check import check_disk, refuse
+from .acrn_check import NAME, check_disk, refuse
 from .disk_lease import lease
-from .errors import CommandRejected, ControlLost, DetachRefused, PreconditionFailed
+from .errors import CommandRejected, DetachRefused, PreconditionFailed
+from .fixed_size import FixedSize
 from .machine import BlockDevice
 
 if TYPE_CHECKING:
@@ -22,23 +23,19 @@ if TYPE_CHECKING:
     from .machine import Device, GuestAddress, MachineSpec
 
 
-class AcrnDevices:
+class AcrnDevices(FixedSize):
     """What is in the slots of one machine."""
 
     def __init__(self, spec: MachineSpec, monitor: CommandMonitor, leases: list[Lease]) -> None:
+        super().__init__(NAME, spec.vcpus, acrn_argv.memory_mib(spec))
         self.addresses: dict[str, GuestAddress] = acrn_argv.addresses(spec)
         self._spec = spec
         self._monitor = monitor
         self._leases = leases
         self._filled: set[str] = set()
         self._empty = list(acrn_argv.empty_slots(spec))
-        self._has_ended = False
         # Guards the slots across a command.
         self._lock = trio.Lock()
-
-    def on_end(self) -> None:
-        """The machine has ended."""
-        self._has_ended = True
 
     def close(self) -> None:
         """Let other machines have the disks. Idempotent."""
@@ -91,40 +88,9 @@ class AcrnDevices:
         self._refuse_the_dead(f"detach {device_id}")
         raise DetachRefused(device_id, "acrn-dm keeps a disk until the machine ends")
 
-    async def resize_vcpus(self, count: int) -> int:
-        """See `VirtualMachine.resize_vcpus`."""
-        await trio.lowlevel.checkpoint()
-        self._refuse_the_dead("resize")
-        if count != self._spec.vcpus:
-            refuse(
-                f"run with {count} vCPUs",
-                f"the machine was made with {self._spec.vcpus}",
-                "raise default_vcpus, or let the pod's limits be there when it is created "
-                "(static_sandbox_resource_mgmt = true)",
-            )
-        return count
-
-    async def resize_memory(self, mib: int) -> int:
-        """See `VirtualMachine.resize_memory`."""
-        await trio.lowlevel.checkpoint()
-        self._refuse_the_dead("resize")
-        made_with = acrn_argv.memory_mib(self._spec)
-        if mib > made_with:
-            refuse(
-                f"have {mib} MiB",
-                f"the machine was made with {made_with}",
-                "raise default_memory, or let the pod's limits be there when it is created "
-                "(static_sandbox_resource_mgmt = true)",
-            )
-        return made_with
-
     async def _fill(self, slot: int, device: BlockDevice, leased: Lease) -> None:
         # By our descriptor: what was checked and locked is what it opens, and no name of the file
         # can be mistaken for an option.
         path = f"/proc/{os.getpid()}/fd/{leased.fd}"
         options = acrn_argv.disk_options(path, read_only=device.read_only)
         await self._monitor.command("blkrescan", f"{slot},{options}")
-
-    def _refuse_the_dead(self, command: str) -> None:
-        if self._has_ended:
-            raise ControlLost(command)

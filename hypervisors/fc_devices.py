@@ -14,7 +14,8 @@ import trio
 
 from . import fc_config, spec_check
 from .disk_lease import lease
-from .errors import ControlError, ControlLost, HttpRejected, PreconditionFailed, Unsupported
+from .errors import ControlError, HttpRejected, PreconditionFailed, Unsupported
+from .fixed_size import FixedSize
 from .http_api import REQUEST_TIMEOUT_S
 from .machine import BlockDevice, GuestAddress
 
@@ -29,10 +30,11 @@ NAME: Final = "firecracker"
 UNDO_DEADLINE_S: Final = 2.0
 
 
-class FcDevices:
+class FcDevices(FixedSize):
     """What is in the slots of one machine."""
 
     def __init__(self, spec: MachineSpec, room: Room) -> None:
+        super().__init__(NAME, spec.vcpus, spec.memory_mib)
         self.addresses: dict[str, GuestAddress] = fc_config.addresses(spec)
         self._spec = spec
         self._api: HttpApi | None = None
@@ -44,17 +46,12 @@ class FcDevices:
         # The one that is empty for longest is filled first: the guest may still be learning that
         # another was emptied.
         self._free = deque(fc_config.slots(spec))
-        self._has_ended = False
         # Guards the slots across the requests of one change.
         self._lock = trio.Lock()
 
     def use(self, api: HttpApi) -> None:
         """Take the machine's API, which is there when its process is."""
         self._api = api
-
-    def on_end(self) -> None:
-        """The machine has ended."""
-        self._has_ended = True
 
     def keep(self, device_id: str, leased: Lease) -> None:
         """Take the lease of a disk of the specification."""
@@ -109,34 +106,6 @@ class FcDevices:
             del self._plugged[device_id], self.addresses[device_id]
             self._free.append(slot)
             self._leases.pop(device_id).close()
-
-    async def resize_vcpus(self, count: int) -> int:
-        """See `VirtualMachine.resize_vcpus`."""
-        self._refuse_the_dead("resize")
-        if count != self._spec.vcpus:
-            self._refuse(
-                f"run with {count} vCPUs",
-                f"the machine was made with {self._spec.vcpus}",
-                "raise default_vcpus, or let the pod's limits be there when it is created "
-                "(static_sandbox_resource_mgmt = true)",
-            )
-        return count
-
-    async def resize_memory(self, mib: int) -> int:
-        """See `VirtualMachine.resize_memory`."""
-        self._refuse_the_dead("resize")
-        if mib > self._spec.memory_mib:
-            self._refuse(
-                f"have {mib} MiB",
-                f"the machine was made with {self._spec.memory_mib}",
-                "raise default_memory, or let the pod's limits be there when it is created "
-                "(static_sandbox_resource_mgmt = true)",
-            )
-        return self._spec.memory_mib
-
-    def _refuse_the_dead(self, command: str) -> None:
-        if self._has_ended:
-            raise ControlLost(command)
 
     def _refuse(self, operation: str, why: str, hint: str) -> NoReturn:
         raise Unsupported(NAME, operation, why, hint)
