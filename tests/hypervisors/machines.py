@@ -11,8 +11,10 @@ import struct
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 
+from hypervisors.errors import HypervisorError
 from hypervisors.registry import find_hypervisor
 from tests.harness.patience import patient
 
@@ -22,14 +24,32 @@ CHANGE_DEADLINE_S = patient(30)
 
 @asynccontextmanager
 async def running(backend, spec, records):
-    """Launch and supervise a machine; whatever happens it is gone afterwards."""
-    machine = await find_hypervisor(backend).launch(spec, record=records.append)
+    """Launch and supervise a machine of a backend, which may be its name; at the end it is gone."""
+    if isinstance(backend, str):
+        backend = find_hypervisor(backend)
+    machine = await backend.launch(spec, record=records.append)
     async with trio.open_nursery() as nursery:
         await nursery.start(machine.run)
         try:
             yield machine
         finally:
             machine.kill()
+
+
+@asynccontextmanager
+async def running_in_order(backend, spec):
+    """Launch and supervise a machine; at its end nothing of it is left in its directory."""
+    async with running(backend, spec, []) as machine:
+        yield machine
+    assert list(spec.run_dir.iterdir()) == []
+
+
+async def refused(backend, spec):
+    """Return what a launch that fails says; nothing of it is left."""
+    with pytest.raises(HypervisorError) as caught, trio.fail_after(patient(20)):
+        await backend.launch(spec, record=lambda _: None)
+    assert list(spec.run_dir.iterdir()) == []
+    return str(caught.value)
 
 
 async def says(machine, needle):

@@ -6,14 +6,14 @@ import fcntl
 import os
 import re
 import struct
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
 
 from hypervisors import accel, acrn
 from hypervisors.accel import kernel_vsock_usable
-from hypervisors.errors import CommandRejected, DetachRefused, LaunchFailed, Unsupported
+from hypervisors.errors import CommandRejected, DetachRefused, Unsupported
 from hypervisors.lent_taps import check_tap
 from hypervisors.machine import (
     BlockDevice,
@@ -29,6 +29,7 @@ from tests.fakes import fake_acrn
 from tests.harness.limitations import documented
 from tests.harness.patience import patient
 
+from . import machines
 from .machines import all_events, make_tap_elsewhere, namespace_of, says
 
 pytestmark = pytest.mark.root
@@ -60,24 +61,8 @@ def make_spec(tmp_path, monkeypatch):
     return make
 
 
-@asynccontextmanager
-async def running(spec):
-    machine = await find_hypervisor("acrn").launch(spec, record=lambda _: None)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(machine.run)
-        try:
-            yield machine
-        finally:
-            machine.kill()
-    # Nothing of the launch is left.
-    assert list(spec.run_dir.iterdir()) == []
-
-
-async def refused(spec):
-    with pytest.raises(LaunchFailed) as caught, trio.fail_after(patient(20)):
-        await find_hypervisor("acrn").launch(spec, record=lambda _: None)
-    assert list(spec.run_dir.iterdir()) == []
-    return str(caught.value)
+running = partial(machines.running_in_order, find_hypervisor("acrn"))
+refused = partial(machines.refused, find_hypervisor("acrn"))
 
 
 async def test_empty_disks_are_filled_once_each_and_keep_their_file(make_spec, disk):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -15,7 +15,6 @@ from hypervisors.errors import (
     ControlError,
     DetachRefused,
     HttpRejected,
-    LaunchFailed,
     PreconditionFailed,
     Unsupported,
 )
@@ -34,7 +33,7 @@ from hypervisors.registry import find_hypervisor
 from tests.fakes import fake_clh
 from tests.harness.limitations import documented
 
-from . import openapi
+from . import machines, openapi
 
 API = "/api/v1"
 
@@ -79,24 +78,8 @@ def make_spec(tmp_path, monkeypatch):
     return make
 
 
-@asynccontextmanager
-async def running(spec):
-    machine = await find_hypervisor("clh").launch(spec, record=lambda _: None)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(machine.run)
-        try:
-            yield machine
-        finally:
-            machine.kill()
-    # Nothing of the launch is left, neither file nor descriptor on the API's socket.
-    assert list(spec.run_dir.iterdir()) == []
-
-
-async def refused(spec):
-    with pytest.raises((LaunchFailed, PreconditionFailed)) as caught, trio.fail_after(20):
-        await find_hypervisor("clh").launch(spec, record=lambda _: None)
-    assert list(spec.run_dir.iterdir()) == []
-    return str(caught.value)
+running = partial(machines.running_in_order, find_hypervisor("clh"))
+refused = partial(machines.refused, find_hypervisor("clh"))
 
 
 async def test_machine_is_built_in_the_order_the_vmm_wants(make_spec, sent, tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from hypervisors.registry import find_hypervisor
 from tests.fakes import fake_acrn, fake_clh, fake_fc
 from tests.harness import vmm
 from tests.harness.own_process import open_descriptors
+
+from .machines import running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.root, pytest.mark.smoke]
 
@@ -79,17 +80,6 @@ def no_descriptor_left():
     before = open_descriptors()
     yield
     assert open_descriptors() <= before
-
-
-@asynccontextmanager
-async def running(backend, spec, records):
-    machine = await backend.launch(spec, record=records.append)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(machine.run)
-        try:
-            yield machine
-        finally:
-            machine.kill()
 
 
 async def test_backend_is_found_by_its_own_name(backend):

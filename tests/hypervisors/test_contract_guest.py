@@ -36,7 +36,7 @@ from hypervisors.vsock_device import start_vsock_device
 from tests.harness import vmm
 from tests.harness.patience import patient
 
-from . import machines, scratch_guest
+from . import scratch_guest
 from .machines import (
     BOOT_DEADLINE_S,
     all_events,
@@ -45,6 +45,7 @@ from .machines import (
     make_tap_elsewhere,
     namespace_of,
     processes_naming,
+    running,
     says,
 )
 
@@ -76,10 +77,6 @@ def make_spec(backend, make_spec, request):
     return make
 
 
-def running(spec, records, backend):
-    return machines.running(backend.name, spec, records)
-
-
 @pytest.mark.parametrize(
     ("scenario", "kind"),
     [
@@ -93,7 +90,7 @@ async def test_ends_chosen_by_the_guest_are_told_apart(backend, make_spec, recor
     if scenario == "poweroff" and not backend.capabilities(spec).power_off:
         pytest.skip(f"{backend.name} does not learn that its guest has switched itself off")
     tells_panic = backend.capabilities(spec).panic_event
-    async with running(spec, records, backend) as machine:
+    async with running(backend, spec, records) as machine:
         with trio.fail_after(BOOT_DEADLINE_S):
             ending = await machine.wait_exited()
     said = machine.console.tail(1000)
@@ -112,7 +109,7 @@ async def test_ends_chosen_by_the_guest_are_told_apart(backend, make_spec, recor
 
 
 async def test_killed_vmm_is_reported_within_a_second_and_owns_nothing(backend, make_spec, records):
-    async with running(make_spec(), records, backend) as machine:
+    async with running(backend, make_spec(), records) as machine:
         status = await trio.Path(f"/proc/{machine.pid}/status").read_text()
         assert "NoNewPrivs:\t1" in status
         account = machine_account("test", machine.accelerator)
@@ -134,7 +131,7 @@ async def test_killed_vmm_is_reported_within_a_second_and_owns_nothing(backend, 
 
 
 async def test_console_flood_is_bounded_and_printable(backend, make_spec, records):
-    async with running(make_spec("flood", console_bytes=16384), records, backend) as machine:
+    async with running(backend, make_spec("flood", console_bytes=16384), records) as machine:
         with trio.fail_after(BOOT_DEADLINE_S):
             ending = await machine.wait_exited()
     assert ending.kind in ENDED_BY_GUEST
@@ -146,7 +143,7 @@ async def test_console_flood_is_bounded_and_printable(backend, make_spec, record
 
 
 async def test_shutdown_without_an_answering_guest_ends_the_vmm(backend, make_spec, records):
-    async with running(make_spec(), records, backend) as machine:
+    async with running(backend, make_spec(), records) as machine:
         with trio.fail_after(BOOT_DEADLINE_S):
             ending = await machine.shutdown(0.1)
     assert ending.kind is ExitKind.KILLED
@@ -158,7 +155,7 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
     can = backend.capabilities(spec)
     if not can.block_hotplug:
         pytest.skip(f"{backend.name} takes no disks while it runs")
-    async with running(spec, records, backend) as machine:
+    async with running(backend, spec, records) as machine:
         await says(machine, "GUEST-READY")
         await says(machine, "STATE disks=[ ] nets=[ ]")
         first = await machine.attach(
@@ -193,7 +190,7 @@ async def test_devices_come_and_go_while_it_runs(backend, make_spec, records, di
 async def test_vcpus_and_memory_come_while_it_runs_and_it_pauses(backend, make_spec, records):
     spec = make_spec()
     can = backend.capabilities(spec)
-    async with running(spec, records, backend) as machine:
+    async with running(backend, spec, records) as machine:
         await says(machine, "cpus=1")
         if can.vcpu_hotplug:
             assert await machine.resize_vcpus(2) == 2
@@ -274,7 +271,7 @@ async def test_cold_devices_are_where_it_says_and_it_outlives_its_daemons(
     async with daemons(can, tmp_path, virtiofsd, records) as beside:
         namespace = namespace_of(tap)
         spec = make_spec(devices=(*beside.devices, *own), network_namespace=namespace)
-        async with running(spec, records, backend) as machine:
+        async with running(backend, spec, records) as machine:
             os.close(namespace)
             os.close(tap)
             assert sorted(machine.addresses) == sorted(device.id for device in spec.devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -14,7 +14,6 @@ from hypervisors import accel, fc_config, fc_room, fc_start
 from hypervisors.disk_lease import lease
 from hypervisors.errors import (
     ControlError,
-    LaunchFailed,
     PreconditionFailed,
     Unsupported,
 )
@@ -34,7 +33,7 @@ from hypervisors.registry import find_hypervisor
 from tests.fakes import fake_fc
 from tests.harness.limitations import documented
 
-from . import openapi
+from . import machines, openapi
 
 pytestmark = pytest.mark.root
 
@@ -95,27 +94,8 @@ def _elf() -> bytes:
     return bytes(head + entry) + note + bytes(4096)
 
 
-@asynccontextmanager
-async def running(spec):
-    machine = await find_hypervisor("fc").launch(spec, record=lambda _: None)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(machine.run)
-        try:
-            yield machine
-        finally:
-            machine.kill()
-    # Nothing of the launch is left, neither file nor mount.
-    assert list(spec.run_dir.iterdir()) == []
-
-
-async def refused(spec):
-    with (
-        pytest.raises((LaunchFailed, PreconditionFailed, Unsupported)) as caught,
-        trio.fail_after(20),
-    ):
-        await find_hypervisor("fc").launch(spec, record=lambda _: None)
-    assert list(spec.run_dir.iterdir()) == []
-    return str(caught.value)
+running = partial(machines.running_in_order, find_hypervisor("fc"))
+refused = partial(machines.refused, find_hypervisor("fc"))
 
 
 async def test_machine_is_described_and_started_and_its_sockets_are_where_they_belong(
