@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hypervisors.registry import canonical_name
+from hypervisors.registry import BUILT_IN, canonical_name
 from tests.harness import vmm
 from tests.harness.patience import FACTOR, patient
 
@@ -25,14 +25,24 @@ def configurations(built: Path) -> dict[str, str]:
     Each has the program that the tests use and this machine's patience; configuration.toml, which
     the plain runtime reads, is the one of the VMM under test.
     """
-    files = {path.name: _adapted(path.read_text()) for path in built.glob("configuration*.toml")}
+    texts = {path.name: path.read_text() for path in built.glob("configuration*.toml")}
     usual = CONFIGURATION.rpartition("/")[2]
+    if vmm.NAME not in BUILT_IN and usual in texts:
+        texts[usual] = for_hypervisor(texts[usual], vmm.NAME)
+    files = {name: _adapted(text) for name, text in texts.items()}
     for text in [*files.values()]:
         if setup_of(text) == vmm.SETUP:
             files[usual] = text
     found = setup_of(files.get(usual, ""))
     assert not files or found == vmm.SETUP, f"no configuration for {vmm.SETUP} in {built}"
     return files
+
+
+def for_hypervisor(text: str, name: str) -> str:
+    """Return a configuration file that chooses another VMM, whose program is to be set as well."""
+    changed, count = re.subn(r"(?m)^\[hypervisor\.[\w-]+\]$", f"[hypervisor.{name}]", text)
+    assert count == 1, f"the configuration file has {count} tables [hypervisor.NAME]"
+    return changed
 
 
 def runtimes(built: Path) -> dict[str, str]:

@@ -101,6 +101,31 @@ def test_it_is_in_the_list_of_what_each_can_do(imported: Distribution) -> None:
     assert cells["directories by virtio-fs"] == "no"
 
 
+@pytest.mark.root
+def test_end_to_end_tests_have_a_configuration_for_it(toy: Distribution) -> None:
+    if not (BUILD / "etc" / "configuration.toml").exists():
+        pytest.skip("needs `make shim`")
+    program = (
+        "from pathlib import Path\n"
+        "from tests.harness.configuration import configurations\n"
+        f"print(configurations(Path({str(BUILD / 'etc')!r}))['configuration.toml'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(toy.site),
+            "KATA_TEST_HYPERVISOR": "toy",
+            "KATA_TEST_TOY": str(toy.program),
+        },
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f'[hypervisor.toy]\npath = "{toy.program}"\n' in done.stdout
+
+
 def test_shim_looks_for_it_in_a_directory_of_its_own(toy: Distribution) -> None:
     launcher = BUILD / "bin" / "containerd-shim-kata-v2"
     if not launcher.exists():

@@ -5,7 +5,6 @@ The VMM plays its guest, and the agent in it is a scripted one in this process.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import trio
 from tests.fakes.fake_agent import FakeAgent
 from tests.fakes.fake_process import Program
 from tests.harness import vmm
-from tests.harness.configuration import changed_configuration, with_value
+from tests.harness.configuration import changed_configuration, for_hypervisor, with_value
 from tests.harness.ctr import Ctr, fresh_id
 from tests.hypervisors import third_party
 
@@ -40,9 +39,7 @@ def toy(node: Node) -> Iterator[str]:
 
 
 def configured(text: str, program: str) -> str:
-    text, count = re.subn(r"(?m)^\[hypervisor\.[\w-]+\]$", "[hypervisor.toy]", text)
-    assert count == 1
-    text = with_value(text, "path", f'"{program}"')
+    text = with_value(for_hypervisor(text, "toy"), "path", f'"{program}"')
     return with_value(text, "kernel_params", f'"toy.agent={AGENT}"')
 
 
