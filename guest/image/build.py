@@ -46,6 +46,8 @@ def initrd_tree(inputs: Inputs) -> tuple[cpio.Tree, list[str]]:
     tree.directory("/tmp", 0o1777)
     # The kernel opens it for init's stdio before anything is mounted on /dev.
     tree.character_device("/dev/console", 5, 1)
+    # What the agent's runtime puts there if the kernel has no console; it aborts without.
+    tree.character_device("/dev/null", 1, 3, 0o666)
     tree.file("/init", inputs.init, 0o755)
     for path, text in USER_DATABASE.items():
         tree.file(path, text.encode())

@@ -85,6 +85,7 @@ def test_initrd_holds_agent_and_every_listed_module(
     tree, modules = build.initrd_tree(inputs)
     assert tree.entries["init"].mode == stat.S_IFREG | 0o755
     assert stat.S_ISCHR(tree.entries["dev/console"].mode)
+    assert tree.entries["dev/null"].device == (1, 3)  # for programs that find no console
     listed = tree.entries["etc/modules"].data.decode().split()
     assert [Path(path).name for path in listed] == modules
     assert all(path.strip("/") in tree.entries for path in listed)
