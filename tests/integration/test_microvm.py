@@ -41,7 +41,7 @@ test_pod_of_two_shares_one_vm = test_pod.test_pod_shares_one_vm_one_shim_ipc_and
 test_paused_container_stands_still = (
     test_pause_stats_update.test_paused_container_stands_still_and_goes_on
 )
-test_killed_vmm_means_137 = test_faults.test_killed_vmm_means_137_within_a_second_and_a_reason
+test_killed_vmm_means_137 = test_faults.test_killed_vmm_means_137_and_a_reason
 test_guest_that_ends_itself_means_137 = (
     test_faults.test_guest_that_ends_itself_means_137_and_says_how
 )
