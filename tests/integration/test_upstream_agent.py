@@ -49,7 +49,7 @@ def network(node: Node) -> Iterator[list[str]]:
     """Options of `ctr run` for a network namespace as CNI leaves it."""
     node.run(["sh", "-ec", _NETWORK])
     yield ["--with-ns", f"network:/run/netns/{POD}"]
-    node.run(["sh", "-c", f"ip link del ktforeign0; ip netns del {POD}; true"])
+    node.run(["sh", "-c", f"ip link del ktforeign0; ip netns del {POD}; umount /run/netns; true"])
 
 
 @pytest.fixture
