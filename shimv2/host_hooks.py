@@ -59,6 +59,7 @@ class _Armed:
         self.hooks = hooks
         self.path = ""
         self.entry: Entry | None = None
+        self.started = trio.Event()  # poststart hooks have been run
 
 
 class HostHooks:
@@ -109,10 +110,24 @@ class HostHooks:
     async def started(self, container_id: str, pid: int) -> None:
         """Run poststart hooks; one that fails is logged."""
         armed = self._containers.get(container_id)
-        if armed is not None and armed.hooks[POSTSTART]:
-            state = state_json(armed.bundle, "running", pid)
+        if armed is None:
+            return
+        state = state_json(armed.bundle, "running", pid)
+        try:
             for hook in armed.hooks[POSTSTART]:
                 await self._afterwards(hook, armed.bundle, state)
+        finally:
+            armed.started.set()
+
+    async def started_over(self, container_id: str) -> None:
+        """Wait for the poststart hooks of a container that has ended, which may be quick to.
+
+        They are told the VMM's pid, to reach the network by it. Bounded, for a Start that failed.
+        """
+        armed = self._containers.get(container_id)
+        if armed is not None and armed.hooks[POSTSTART]:
+            with trio.move_on_after(AFTERWARDS_LIMIT_S):
+                await armed.started.wait()
 
     async def stopped(self, container_id: str) -> None:
         """Run poststop hooks, if they haven't been; one that fails is logged.

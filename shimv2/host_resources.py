@@ -251,6 +251,11 @@ class HostResources:
             await self._hooks.started(container_id, self.machine.pid)
             self._close_journal()  # the container may have come and gone meanwhile
 
+    async def poststart_over(self, container_id: str) -> None:
+        """Wait for the poststart hooks of a container that has ended, if it has any."""
+        if self._hooks is not None:
+            await self._hooks.started_over(container_id)
+
     async def run_poststop(self, container_id: str | None = None) -> None:
         """Run the poststop hooks of a container, or of all, that haven't been run yet."""
         if self._hooks is not None:

@@ -98,6 +98,7 @@ class SandboxEnd:
             for process in list(container.execs.values()):
                 if process.relay is not None:
                     await process.relay.outputs_ended.wait()
+        await self._host.poststart_over(container.id)
         await self.in_order(f"container {container.id} ended")
 
     async def unmount_disks(self) -> None:

@@ -45,7 +45,7 @@ def run_and_fail(ctr: Ctr) -> str:
 @pytest.mark.parametrize(
     "key",
     [
-        "path",
+        pytest.param("path", marks=pytest.mark.smoke),
         "kernel",
         "initrd",
         pytest.param("virtio_fs_daemon", marks=pytest.mark.needs("shared_directory")),

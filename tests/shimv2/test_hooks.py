@@ -312,6 +312,28 @@ class TestOnTheHost:
             assert all("exited with 4: it said nothing" in text for text in told), told
             assert scripts.names == ["poststart0", "poststart1", "poststop0", "poststop1"]
 
+    async def test_vm_outlives_the_poststart_hooks_of_a_container_that_ends_at_once(
+        self, tmp_path: Path, scripts: Scripts
+    ) -> None:
+        go = tmp_path / "go"
+        os.mkfifo(go)
+        descriptor = os.open(go, os.O_RDWR)
+        hooks = {"poststart": [scripts.hook("slow", f"read word < {go}")]}
+        async with ShimBench(tmp_path).running() as shim:
+            await shim.create(config=spec(hooks=hooks))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(shim.start)
+                with trio.fail_after(60):
+                    await shim.wait()
+                    await shim.until(lambda: scripts.names == ["slow"])
+                    await trio.testing.wait_all_tasks_blocked(0.05)
+                assert shim.machine.exit is None
+                os.write(descriptor, b"go\n")
+            with trio.fail_after(60):
+                await shim.until(lambda: shim.machine.exit is not None)
+            await shim.delete()
+        os.close(descriptor)
+
     async def test_containers_of_a_pod_have_hooks_of_their_own(
         self, tmp_path: Path, scripts: Scripts
     ) -> None:
