@@ -91,8 +91,9 @@ def _pytest(
     command = [sys.executable, "-m", *program, "-p", "no:cacheprovider"]
     limit_s = _SMOKE_TEST_LIMIT_S if smoke else _TEST_LIMIT_S
     command += ["-o", f"timeout={limit_s}", "-o", f"faulthandler_timeout={limit_s}"]
-    # One boot of a microvm is enough for the smoke set.
-    deselected += " and not (test_microvm.py and not kernel_of_its_own)" if smoke else ""
+    if smoke:  # one boot of a microvm is enough, and it takes no disks that could be refused
+        deselected += " and not (test_microvm.py and not kernel_of_its_own)"
+        deselected += " and not (refused_attach and microvm)"
     command += ["-k", deselected]
     command += ["-m", "smoke or kvm"] if smoke else []
     return [*command, *(arguments or files)]
